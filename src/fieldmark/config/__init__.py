@@ -1,0 +1,28 @@
+"""What a run is told: frozen sections, read from recipes, TOML files and section.key=value."""
+
+from fieldmark.config.load import load_toml, override
+from fieldmark.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "load_toml",
+    "override",
+]

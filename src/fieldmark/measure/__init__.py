@@ -1,0 +1,21 @@
+"""What a number is: rates with intervals, top-k, losses, agreement. numpy only."""
+
+from fieldmark.measure.agreement import Agreement, compare_logits
+from fieldmark.measure.predict import Predict
+from fieldmark.measure.rates import Rate, mcnemar_p, paired_difference, wilson
+from fieldmark.measure.scores import Scores, log_softmax, score, softmax, top_k_hits
+
+__all__ = [
+    "Agreement",
+    "Predict",
+    "Rate",
+    "Scores",
+    "compare_logits",
+    "log_softmax",
+    "mcnemar_p",
+    "paired_difference",
+    "score",
+    "softmax",
+    "top_k_hits",
+    "wilson",
+]

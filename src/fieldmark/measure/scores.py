@@ -1,0 +1,110 @@
+"""Scores of logits against labels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fieldmark.measure.rates import Rate, wilson
+
+Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    """Return log probabilities (N, K), float64."""
+    z = logits.astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return z
+
+
+def softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    """Return probabilities (N, K), float64, rows summing to 1."""
+    return np.exp(log_softmax(logits))
+
+
+def top_k_hits(logits: Logits, labels: Labels, k: int) -> npt.NDArray[np.bool_]:
+    """Return for each row whether its label is among the k largest logits, bool (N,).
+
+    Equal logits count as ranked before the label, so a constant output earns nothing by order;
+    a NaN at the label is a miss.
+    """
+    rows = np.arange(len(labels))
+    at_label = logits[rows, labels][:, None]
+    better_or_equal = (~(logits < at_label)).sum(axis=1) - 1  # itself is never below itself
+    return np.asarray((better_or_equal < k) & ~np.isnan(at_label[:, 0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation counted. Arrays index classes in the order of the model's outputs."""
+
+    top1_accuracy: Rate
+    top5_accuracy: Rate | None  # None with five classes or fewer: it would always be 1
+    loss: float  # mean cross-entropy in nats
+    per_class_accuracy: dict[int, Rate]  # recall of each class that has examples
+    confusion: npt.NDArray[np.int64]  # (K, K): rows are labels, columns predictions
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes that have examples."""
+        return float(np.mean([rate.value for rate in self.per_class_accuracy.values()]))
+
+    def to_json(self, class_names: list[str]) -> dict[str, Any]:
+        """Return plain values for metrics.json; classes by name."""
+        result: dict[str, Any] = {"top1_accuracy": self.top1_accuracy.to_json()}
+        if self.top5_accuracy is not None:
+            result["top5_accuracy"] = self.top5_accuracy.to_json()
+        present = sorted(self.per_class_accuracy)
+        rows, columns = np.nonzero(self.confusion)
+        return result | {
+            "loss": self.loss,
+            "balanced_accuracy": self.balanced_accuracy,
+            "num_examples": self.top1_accuracy.n,
+            "per_class_accuracy": {
+                class_names[k]: self.per_class_accuracy[k].to_json() for k in present
+            },
+            "confusion": [
+                {
+                    "label": class_names[i],
+                    "predicted": class_names[j],
+                    "count": int(self.confusion[i, j]),
+                }
+                for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
+            ],
+        }
+
+
+def score(logits: Logits, labels: Labels) -> Scores:
+    """Return the scores of logits (N, K) against labels (N,) in [0, K).
+
+    Predictions are the argmax over all outputs, never masked to the classes present.
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside the outputs, or no example.
+    """
+    if logits.ndim != 2 or labels.shape != (len(logits),) or len(logits) == 0:
+        raise ValueError(
+            f"logits (N, K) and labels (N,) with N > 0 expected. Got {logits.shape}, {labels.shape}."
+        )
+    num_classes = logits.shape[1]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must be in [0, {num_classes}). Got {labels.min()} to {labels.max()}."
+        )
+    predicted = logits.argmax(axis=1)
+    confusion = np.bincount(
+        labels * num_classes + predicted, minlength=num_classes * num_classes
+    ).reshape(num_classes, num_classes)
+    totals = confusion.sum(axis=1)
+    per_class = {
+        int(k): wilson(int(confusion[k, k]), int(totals[k])) for k in np.flatnonzero(totals)
+    }
+    n = len(labels)
+    top1 = wilson(int((predicted == labels).sum()), n)
+    top5 = wilson(int(top_k_hits(logits, labels, 5).sum()), n) if num_classes > 5 else None
+    rows = np.arange(n)
+    loss = float(-log_softmax(logits)[rows, labels].mean())
+    return Scores(top1, top5, loss, per_class, confusion)

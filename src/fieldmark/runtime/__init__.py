@@ -1,0 +1,1 @@
+"""What the process runs on: cores, instruction set, log and progress, files written safely."""

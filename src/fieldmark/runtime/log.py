@@ -1,0 +1,130 @@
+"""Progress and messages on stderr: bars on a terminal, plain lines elsewhere.
+
+stdout is kept for results, so that `--json` output can be piped.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """Print one line for the person who is waiting."""
+    console.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print one line that should not be overlooked."""
+    console.print(f"note: {text}", markup=False, style="yellow")
+
+
+class Bar:
+    """Progress of known length: a live bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._started = self._spoke = time.monotonic()
+        self._at_start = 0
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(title, total=total, note="")
+
+    def start(self, done: int = 0) -> None:
+        """Begin at `done`: what was done before does not count in the rate."""
+        self.done = self._at_start = done
+        self._started = self._spoke = time.monotonic()
+        if self._progress:
+            self._progress.start()
+            self._progress.update(self._task, completed=done)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add `count`; `note` is shown beside the bar."""
+        self.done += count
+        now = time.monotonic()
+        if self._progress:
+            self._progress.update(self._task, completed=self.done, note=note)
+        elif now - self._spoke >= PLAIN_EVERY_S:
+            self._spoke = now
+            rate = (self.done - self._at_start) / max(now - self._started, 1e-9)
+            left_s = (self.total - self.done) / rate if rate else 0.0
+            say(
+                f"{self.title}: {self.done}/{self.total} {self.unit}  {note}  "
+                f"{rate:.1f} {self.unit}/s  {duration(left_s)} left"
+            )
+
+    def stop(self) -> None:
+        """Remove the bar; printed lines stay."""
+        if self._progress:
+            self._progress.stop()
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Bar]:
+    """Show progress while the block runs."""
+    bar = Bar(title, total, unit)
+    bar.start()
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+def track(items: Iterable[T], title: str, total: int, unit: str = "batches") -> Iterator[T]:
+    """Yield from `items`, showing progress."""
+    with progress(title, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """Print a small table on stdout; the first column is text, the others are right-aligned."""
+    from rich.table import Table
+
+    out = Console(file=sys.stdout, highlight=False)
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    out.print(grid)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text a person reads: 42 s, 3 min 20 s, 2 h 5 min."""
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(round(seconds)), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
