@@ -1,0 +1,51 @@
+"""fieldmark: labelled images in, a verified and served classifier out.
+
+    import fieldmark
+    run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
+    fieldmark.export(run.path)
+
+The verbs are those of the command line; see `fieldmark.pipeline`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "evaluate",
+    "export",
+    "info",
+    "package",
+    "predict",
+    "quickstart",
+    "recipes",
+    "serve",
+    "train",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from fieldmark.pipeline import (
+        evaluate,
+        export,
+        info,
+        package,
+        predict,
+        quickstart,
+        recipes,
+        serve,
+        train,
+        verify,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("fieldmark.pipeline"), name)
+    raise AttributeError(f"module 'fieldmark' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

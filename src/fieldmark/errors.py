@@ -1,8 +1,8 @@
 """Every error a user can cause.
 
-FieldmarkError            base; `code` for machines, `http_status` for the service, `exit_status` for the CLI
+FieldmarkError            base; `code` for machines, `http_status` and `exit_status`
 ├── ConfigError           a key, value or combination of settings that cannot be
-├── UnknownName           a recipe, model, class, split ... that does not exist; suggests the nearest
+├── UnknownName           a recipe, model, split ... that does not exist; suggests the nearest
 ├── MissingDependency     an optional library is needed: the message names the extra
 ├── DataError             a data source that cannot be read as labelled images
 ├── ModelError            weights, architecture and input that do not fit each other

@@ -3,7 +3,8 @@
 `Preprocess` is the spec: it travels in the package and its digest names it. `decode` turns bytes
 into an upright 8-bit RGB image and refuses what is unsafe; `to_pixels` resizes and crops;
 `Preprocess.__call__` does both. The result is uint8 (H, W, 3): normalisation lives in the model's
-graph, so `mean` and `std` are recorded here but never applied here.
+graph, so `mean` and `std` are recorded here but never applied here. Colour profiles are ignored, as
+training and timm ignore them.
 """
 
 import hashlib
@@ -11,19 +12,41 @@ import io
 import json
 import math
 import warnings
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from pydantic import BaseModel, ConfigDict, Field
 
+from fieldmark.config.schema import Interpolation
 from fieldmark.errors import BodyTooLarge, ImageError, ImageTooLarge
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# Importing a plugin registers it: Pillow then never loads its other forty decoders to find one.
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+    )
+)
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000
-MIN_SIDE_PX = 1
+
+# Our own cap is the rule; Pillow's would print a warning at 89 million pixels. Once, here: changing
+# the filters around each decode is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,7 +56,16 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Preprocess(BaseModel):
@@ -55,17 +87,35 @@ class Preprocess(BaseModel):
     scaled_decoding: bool = False
     background: tuple[int, int, int] = (255, 255, 255)
 
-    def __call__(self, encoded: bytes) -> Pixels:
-        """Return uint8 (height_px, width_px, 3), or raise ImageError."""
-        draft = self._draft_size() if self.scaled_decoding else None
-        return self.to_pixels(decode(encoded, background=self.background, draft_px=draft))
+    def __call__(
+        self,
+        encoded: bytes,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        formats: Sequence[str] = FORMATS,
+    ) -> Pixels:
+        """Return uint8 (height_px, width_px, 3), or raise ImageError. The caps are decode's."""
+        image = decode(
+            encoded,
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            formats=formats,
+            background=self.background,
+            draft_px=self._draft_size() if self.scaled_decoding else None,
+        )
+        return self.to_pixels(image)
 
     def to_pixels(self, image: Image.Image) -> Pixels:
-        """Return an upright RGB image resized and centre-cropped, uint8 (height_px, width_px, 3)."""
+        """Return an upright RGB image resized and centre-cropped, uint8 (height_px, width_px, 3).
+
+        Raises:
+            ImageTooLarge: the image is so narrow that resizing its short side makes a giant.
+        """
         image = self._resize(image)
         width, height = image.size
-        left = _round_half_even((width - self.width_px) / 2)
-        top = _round_half_even((height - self.height_px) / 2)
+        left = round((width - self.width_px) / 2)
+        top = round((height - self.height_px) / 2)
         if left or top or image.size != (self.width_px, self.height_px):
             image = image.crop((left, top, left + self.width_px, top + self.height_px))
         return np.array(image, dtype=np.uint8)
@@ -97,11 +147,17 @@ class Preprocess(BaseModel):
             else:
                 size = (int(target_width * width / height), target_width)
         else:
-            # The smallest enlargement or reduction that covers the target on both axes.
-            scale = max(target_width / width, target_height / height)
-            size = (
-                max(target_width, round(width * scale)),
-                max(target_height, round(height * scale)),
+            # The smallest enlargement or reduction that covers the target on both axes. Divided,
+            # not multiplied by the inverse: halves must round as they do in timm.
+            ratio = min(width / target_width, height / target_height)
+            size = (round(width / ratio), round(height / ratio))
+        most = max(MAX_PIXELS, 4 * target_width * target_height)
+        if size[0] * size[1] > most:
+            # A strip of 1 x 60000 pixels passes every other cap, and would need gigabytes here.
+            raise ImageTooLarge(
+                f"image must have at most {most} pixels after resizing its short side for the "
+                f"model. Got {width} x {height}, which becomes {size[0]} x {size[1]}. "
+                "Crop it and retry."
             )
         if size == image.size:
             return image
@@ -113,6 +169,7 @@ def decode(
     *,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
     background: tuple[int, int, int] = (255, 255, 255),
     draft_px: tuple[int, int] | None = None,
 ) -> Image.Image:
@@ -122,10 +179,11 @@ def decode(
     `background`. The header's size is checked before any pixel is decoded.
 
     Args:
+        formats: the accepted ones, a part of FORMATS. The content decides, never a name.
         draft_px: (width, height) that a JPEG may be decoded down to, in steps of 1/2, 1/4, 1/8.
 
     Raises:
-        ImageError: the format is not one of FORMATS, or the data is damaged or truncated.
+        ImageError: the format is not one of `formats`, or the data is damaged or truncated.
         ImageTooLarge: the header declares more than `max_pixels`.
         BodyTooLarge: more than `max_bytes` of encoded data.
     """
@@ -134,10 +192,7 @@ def decode(
             f"image must be at most {max_bytes} bytes. Got {len(encoded)}. Resize and retry."
         )
     try:
-        with warnings.catch_warnings():
-            # Our own cap below is the rule; Pillow's would only warn at 89 million pixels.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=tuple(formats))
         width, height = image.size
         if width * height > max_pixels:
             raise ImageTooLarge(
@@ -147,14 +202,23 @@ def decode(
         if draft_px is not None:
             image.draft("RGB", draft_px)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), background)
-    except (ImageError, ImageTooLarge):
+        return _to_rgb(_upright(image), background)
+    except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(f"image must have at most {max_pixels} pixels. Got more.") from error
     # Damaged files make Pillow raise nearly anything: IndexError, struct.error, zlib.error ...
     except Exception as error:  # noqa: BLE001
-        raise ImageError(_reason(encoded, error)) from error
+        raise ImageError(_reason(encoded, formats, error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  # damaged metadata: the pixels stay as they are stored
+        return image
+    method = _TO_UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -170,22 +234,19 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Rescale 16-bit (and 32-bit integer or float) greys; `convert` would saturate them."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if image.mode == "F":
-        top = 1.0 if values.size == 0 or values.max() <= 1.0 else 255.0
+        values = np.where(np.isfinite(values), values, 0)
+        top = 1.0 if values.max() <= 1.0 else 255.0
         return Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8))
-    return Image.fromarray((np.clip(values, 0, 65535) // 256).astype(np.uint8))
+    return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
 
 
-def _reason(encoded: bytes, error: Exception) -> str:
+def _reason(encoded: bytes, formats: Sequence[str], error: Exception) -> str:
     if not encoded:
         return "image must not be empty. Got 0 bytes."
-    names = ", ".join(FORMATS)
+    names = ", ".join(formats)
     if isinstance(error, Image.UnidentifiedImageError):
         return f"image must be one of {names}. Got {len(encoded)} bytes of something else."
     detail = " ".join(str(error).split())[:120] or type(error).__name__
     return f"image must decode completely. Got {len(encoded)} damaged bytes ({detail})."
-
-
-def _round_half_even(value: float) -> int:
-    return round(value)

@@ -26,8 +26,7 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and section and key):
             raise ConfigError(
-                f"a setting must be section.key=value. Got {setting!r}. "
-                "Example: train.epochs=2."
+                f"a setting must be section.key=value. Got {setting!r}. Example: train.epochs=2."
             )
         name, *rest = key.split(".")
         target = changes.setdefault(section, {})
@@ -73,7 +72,7 @@ def _merged(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         for key, value in values.items():
             old = merged[section].get(key)
             merges = isinstance(old, dict) and isinstance(value, Mapping)
-            merged[section][key] = {**old, **value} if merges else value  # type: ignore[dict-item]
+            merged[section][key] = {**old, **value} if merges else value
     return _validated(merged)
 
 

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fieldmark.preprocess import Interpolation
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 Frac = Field(default=0.0, ge=0, le=1)
 
@@ -53,7 +53,9 @@ class ModelConfig(Section):
     """Which network, from which weights."""
 
     arch: str = ""  # empty: the architecture of `pretrained`
-    pretrained: str = ""  # a timm tag, local-dir:PATH, or a package; empty: from scratch
+    pretrained: str = (
+        ""  # a tag of arch's, timm:NAME, local-dir:PATH, a package; empty: from scratch
+    )
     freeze: Literal["none", "backbone"] = "none"
     small_input: Literal["auto", "always", "never"] = "auto"
     image_px: int = Field(default=0, ge=0, le=4096)  # 0: the weights' size, else the source's
@@ -63,7 +65,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_network(self) -> Self:
-        if not self.arch and not self.pretrained.startswith("local-dir:"):
+        if not self.arch and not self.pretrained:
             raise ValueError("model.arch must name a network, unless model.pretrained gives one")
         return self
 
@@ -163,6 +165,14 @@ class EvalConfig(Section):
     scaled_decoding: bool = False
 
 
+class PackageConfig(Section):
+    """What the package at the end of the run carries beside the weights."""
+
+    golden: Literal["data", "synthetic", "none"] = "data"  # data: images of the validation split
+    num_golden: int = Field(default=12, gt=0, le=100)
+    license: str = ""  # empty: that of the pretrained weights
+
+
 class RunConfig(Section):
     """Everything a run is told; its JSON reloads equal."""
 
@@ -175,13 +185,12 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
+    package: PackageConfig = PackageConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.train.early_stop_epochs and not self.data.val_frac:
-            raise ValueError(
-                "train.early_stop_epochs needs a validation split. data.val_frac is 0"
-            )
+            raise ValueError("train.early_stop_epochs needs a validation split. data.val_frac is 0")
         if self.data.storage == "resident" and self.augment.resized_crop:
             raise ValueError(
                 "augment.resized_crop reads original files and cannot be used with "

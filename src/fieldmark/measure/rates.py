@@ -63,7 +63,7 @@ def paired_difference(
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     phi = 0.0
     if product > 0:
-        numerator = both * neither - only_a * only_b
+        numerator = float(both * neither - only_a * only_b)
         if numerator > 0:
             numerator = max(numerator - n / 2, 0.0)  # continuity correction of method 10
         phi = numerator / math.sqrt(product)

@@ -87,7 +87,7 @@ def score(logits: Logits, labels: Labels) -> Scores:
     """
     if logits.ndim != 2 or labels.shape != (len(logits),) or len(logits) == 0:
         raise ValueError(
-            f"logits (N, K) and labels (N,) with N > 0 expected. Got {logits.shape}, {labels.shape}."
+            f"logits (N, K) and labels (N,) with N > 0. Got {logits.shape} and {labels.shape}."
         )
     num_classes = logits.shape[1]
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -106,17 +106,33 @@ def track(items: Iterable[T], title: str, total: int, unit: str = "batches") -> 
             bar.advance()
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+def table(columns: Sequence[str], rows: Iterable[Iterable[Any]], title: str = "") -> None:
     """Print a small table on stdout; the first column is text, the others are right-aligned."""
     from rich.table import Table
 
-    out = Console(file=sys.stdout, highlight=False)
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    out.print(grid)
+    _stdout().print(grid)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values on stdout, values aligned and wrapped under themselves."""
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None, pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    _stdout().print(grid)
+
+
+def _stdout() -> Console:
+    # Made anew, because tests and callers replace sys.stdout; paths are not markup.
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,178 @@
+"""ResNet-18 training throughput on CIFAR-10: our trainer against the textbook loop.
+
+    .venv/bin/python benchmarks/train_step.py --data hf:PATH_OF_CIFAR10
+
+Both train the same network (3x3 stem, 11,173,962 parameters) with the same SGD, batch size and
+augmentation on the same images and threads. The textbook loop is eager NCHW, with torchvision
+transforms on PIL images in a DataLoader with 4 workers. Each measurement is a process of its own,
+and the two alternate, so that a drift of the machine meets both; the ratio is taken pair by pair.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import results_file
+import torch
+from torch import nn
+
+BATCH_SIZE = 128
+WARM_UP = 2
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def main() -> None:
+    """Run the pairs and write the results file, or (with --one) one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="cifar10", help="a data source with a train split")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="timed updates of each measurement")
+    parser.add_argument("--one", choices=["ours", "textbook"])
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.data, options.steps)))
+        return
+    rates: dict[str, list[float]] = {"ours": [], "textbook": []}
+    for pair in range(options.pairs):
+        for name in ("ours", "textbook") if pair % 2 == 0 else ("textbook", "ours"):
+            rates[name].append(run_one(name, options.data, options.steps))
+        shown = {name: f"{values[-1]:.1f}" for name, values in rates.items()}
+        print(f"pair {pair + 1}: images/s {shown}", file=sys.stderr, flush=True)
+    ratios = [a / b for a, b in zip(rates["ours"], rates["textbook"], strict=True)]
+    results_file.write(
+        "train_step",
+        f"benchmarks/train_step.py --pairs {options.pairs} --steps {options.steps}",
+        {
+            "what": "ResNet-18 at 32 px, batch 128: images per second of training",
+            "ours": results_file.spread(rates["ours"]),
+            "textbook": results_file.spread(rates["textbook"]),
+            "ratio": results_file.spread(ratios),
+            "rates": rates,
+        },
+    )
+
+
+def run_one(name: str, data: str, steps: int) -> float:
+    """Return images per second of one contender, measured in its own process."""
+    command = [sys.executable, __file__, "--one", name, "--data", data, "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rate: float = json.loads(done.stdout.splitlines()[-1])["images_per_s"]
+    return rate
+
+
+def measure(name: str, data: str, steps: int) -> dict[str, float]:
+    """Time `steps` updates after the warm-up."""
+    images, labels = load(data)
+    updates = ours(images, labels) if name == "ours" else textbook(images, labels)
+    for _ in range(WARM_UP):
+        next(updates)
+    started = time.perf_counter()
+    for _ in range(steps):
+        next(updates)
+    seconds = time.perf_counter() - started
+    return {"images_per_s": steps * BATCH_SIZE / seconds}
+
+
+def load(data: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return 5,000 training images, uint8 (N, 32, 32, 3), and their labels."""
+    from fieldmark.data.source import open_source
+
+    split = open_source(data).splits["train"]
+    indices = range(min(5_000, len(split)))
+    images = np.stack([np.asarray(split.images.image(index)) for index in indices])
+    return images, split.labels[: len(images)]
+
+
+def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
+    """Yield after each update of our trainer, as the recipe cifar10-resnet18 sets it up."""
+    from functools import partial
+
+    from fieldmark.cookbook import find_recipe
+    from fieldmark.data.resident import ResidentBatches
+    from fieldmark.model import Architecture, build
+    from fieldmark.training.device import autocast, make_scaler, prepare
+    from fieldmark.training.loop import UpdateRule, train_steps
+    from fieldmark.training.losses import make_loss
+    from fieldmark.training.optim import make_optimizer
+
+    config = find_recipe("cifar10-resnet18")
+    device = torch.device("cpu")
+    prepare(config.train, device)
+    network = build(Architecture("small_resnet18", 10)).to(memory_format=torch.channels_last)
+    batches = ResidentBatches(
+        images,
+        labels,
+        augment=config.augment,
+        mean=MEAN,
+        std=STD,
+        batch_size=BATCH_SIZE,
+        accumulation_steps=1,
+        seed=0,
+        num_classes=10,
+        device=device,
+        channels_last=True,
+    )
+    rule = UpdateRule(
+        network=network,
+        forward=network,
+        loss_fn=make_loss(config.loss),
+        optimizer=make_optimizer(network, config.optim),
+        scaler=make_scaler(config.train, device),
+        lr_factor=lambda _: 1.0,
+        autocast=partial(autocast, config.train, device),
+        accumulation_steps=1,
+        max_grad_norm=0.0,
+        frozen_backbone=False,
+        seed=0,
+    )
+    return train_steps(rule, batches.batches(0), start_step=0, total_steps=10_000)
+
+
+def textbook(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
+    """Yield after each update of the loop that tutorials teach."""
+    from PIL import Image
+    from torchvision import transforms
+
+    from fieldmark.model import Architecture, build
+    from fieldmark.runtime.cpu import num_cores
+
+    torch.set_num_threads(num_cores())
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+    class Cifar(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return transform(Image.fromarray(images[index])), int(labels[index])
+
+    loader = torch.utils.data.DataLoader(
+        Cifar(), batch_size=BATCH_SIZE, shuffle=True, num_workers=4
+    )
+    network = build(Architecture("small_resnet18", 10)).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    criterion = nn.CrossEntropyLoss()
+    while True:
+        for inputs, targets in loader:
+            if len(inputs) < BATCH_SIZE:
+                continue
+            optimizer.zero_grad()
+            loss = criterion(network(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            yield loss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""The command line: verbs only. A stage is imported when its verb is used."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fieldmark import __version__, pipeline
+from fieldmark.errors import FieldmarkError
+from fieldmark.runtime import log
+
+app = typer.Typer(
+    name="fieldmark",
+    help="Labelled images in, a verified and served classifier out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+if TYPE_CHECKING:
+    from fieldmark.serving.files import FileResult
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help="Labelled images.")]
+Arch = Annotated[str, typer.Option(help="Network of a state dict file.")]
+Classes = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Class names, one a line, in output order.")
+]
+ImagePx = Annotated[int, typer.Option(help="Input size of a state dict's network.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A package, a run, local-dir:PATH, timm:NAME, or a state dict with --arch.",
+        show_default=False,
+    ),
+]
+Package = Annotated[
+    str, typer.Argument(metavar="PACKAGE", help="A package, or a run.", show_default=False)
+]
+SOURCES = "cifar10, cifar100, digits, folder:PATH, imagenet:PATH, hf:NAME_OR_PATH"
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="See `fieldmark recipes`; or a TOML file.")
+    ] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Over the recipe's own values."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [runs/RECIPE].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe; the run's folder ends with a package and a test result.
+
+    Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
+    """
+    result = pipeline.train(recipe, settings or [], out=out, resume=resume)
+    _finish(result, as_json, _print_run)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, val, test, all or auto.")] = "auto",
+    variant: Annotated[str, typer.Option(help="torch, onnx or torchscript.")] = "torch",
+    arch: Arch = "",
+    classes: Classes = None,
+    image_px: ImagePx = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json and predictions.npz.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on labelled images, matched by class name.
+
+    Example: fieldmark evaluate runs/smoke --data cifar10
+    """
+    result = pipeline.evaluate(
+        model,
+        data,
+        split=split,
+        variant=variant,
+        arch=arch,
+        classes=classes,
+        image_px=image_px,
+        batch_size=batch_size,
+        out=out,
+    )
+    _finish(result, as_json, _print_evaluation)
+
+
+@app.command()
+def package(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The package's folder.")],
+    data: Data = "",
+    golden: Annotated[
+        pipeline.Golden, typer.Option(help="Golden samples: auto is data where it is given.")
+    ] = "auto",
+    arch: Arch = "",
+    classes: Classes = None,
+    image_px: ImagePx = 0,
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a package from foreign weights, or from a run with other golden samples.
+
+    Example: fieldmark package timm:resnet50.a1_in1k --out packages/resnet50
+    """
+    result = pipeline.package(
+        model,
+        out,
+        data=data,
+        golden=golden,
+        arch=arch,
+        classes=classes,
+        image_px=image_px,
+        license=license,
+    )
+    _finish(result, as_json, _print_package)
+
+
+@app.command()
+def export(
+    model: Package,
+    to: Annotated[pipeline.ExportFormat, typer.Option()] = "onnx",
+    data: Data = "",
+    as_json: Json = False,
+) -> None:
+    """Add an exported variant to a package, and verify it.
+
+    Example: fieldmark export runs/smoke --to onnx
+    """
+    _finish(pipeline.export(model, to, data=data), as_json, _print_verification)
+
+
+@app.command()
+def verify(
+    model: Package,
+    data: Data = "",
+    split: Annotated[str, typer.Option(help="train, val, test, all or auto.")] = "auto",
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this variant; may be repeated.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1)] = pipeline.MAX_PARITY_IMAGES,
+    as_json: Json = False,
+) -> None:
+    """Check files, golden samples, and every variant against the trained model.
+
+    Exit status 1 when a check fails. Example: fieldmark verify runs/smoke
+    """
+    result = pipeline.verify(
+        model, data=data, split=split, variants=variant or [], max_images=max_images
+    )
+    _finish(result, as_json, _print_verification)
+
+
+@app.command()
+def predict(
+    model: Package,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES|FOLDERS...", help="Files, folders, - for stdin.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1)] = 5,
+    variant: Annotated[str, typer.Option(help="auto, onnx, torchscript or torch.")] = "auto",
+    csv: Annotated[Path | None, typer.Option(metavar="OUT", help="Write rows there.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Classify images: ranked classes with probabilities.
+
+    A broken file is reported and the rest goes on; the exit status is then 1.
+    """
+    results = pipeline.predict(model, images, top_k=top_k, variant=variant, batch_size=batch_size)
+    if csv is not None:
+        num_files, num_errors = pipeline.write_csv(results, csv, top_k=top_k)
+        if as_json:
+            _print_json({"csv": str(csv), "num_files": num_files, "num_errors": num_errors})
+        else:
+            typer.echo(f"{num_files} files, {num_errors} with an error: {csv}")
+    else:
+        num_errors = _print_predictions(results, as_json)
+    raise typer.Exit(1 if num_errors else 0)
+
+
+@app.command()
+def serve(
+    model: Package,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
+    max_body_bytes: Annotated[int, typer.Option(min=1)] = 10_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1)] = 50_000_000,
+    as_json: Json = False,
+) -> None:
+    """Serve a package over HTTP: POST an image to /v1/classify.
+
+    Example: fieldmark serve runs/smoke --port 8000
+    """
+    pipeline.serve(
+        model,
+        host=host,
+        port=port,
+        threads=threads,
+        max_body_bytes=max_body_bytes,
+        max_pixels=max_pixels,
+        announce=_print_json if as_json else None,
+    )
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes, and whether their results were measured or published."""
+    listed = pipeline.recipes()
+    if as_json:
+        _print_json({"recipes": listed})
+        return
+    rows = []
+    for item in listed:
+        evidence = item["evidence"] or "expected or published, not measured"
+        rows += [(item["name"], item["summary"]), ("", f"{item['result']} [{evidence}]"), ("", "")]
+    log.facts(rows)
+
+
+@app.command()
+def info(
+    target: Annotated[str, typer.Argument(metavar="PATH|SOURCE", help=f"Or one of: {SOURCES}.")],
+    pie: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Class distribution of a data source.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a package, a run, or a data source (class counts for each split)."""
+    _finish(pipeline.info(target, pie=pie), as_json, _print_info)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path | None, typer.Option(help="The run's folder [runs/quickstart].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole job on scikit-learn's handwritten digits; no download."""
+    _finish(pipeline.quickstart(out), as_json, _print_quickstart)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except FieldmarkError as error:
+        if "--json" in sys.argv:
+            _print_json({"error": {"code": error.code, "message": str(error)}})
+        log.say(f"fieldmark: {error}")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        log.say("fieldmark: interrupted")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _finish(
+    result: pipeline.Result, as_json: bool, show: Callable[[pipeline.Result], None]
+) -> None:
+    if as_json:
+        _print_json(result.to_json() | {"passed": result.passed})
+    else:
+        show(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _rate(value: dict[str, Any]) -> str:
+    return (
+        f"{value['value']:.2%}  (95 % interval {value['low']:.2%} to {value['high']:.2%}, "
+        f"n={value['n']})"
+    )
+
+
+def _print_scores(facts: dict[str, Any]) -> None:
+    rows = [("top-1 accuracy", _rate(facts["top1_accuracy"]))]
+    if "top5_accuracy" in facts:
+        rows.append(("top-5 accuracy", _rate(facts["top5_accuracy"])))
+    rows.append(("balanced accuracy", f"{facts['balanced_accuracy']:.2%}"))
+    rows.append(("loss", f"{facts['loss']:.4f} nats"))
+    log.facts(rows)
+
+
+def _print_classes(facts: dict[str, Any], at_most: int = 20) -> None:
+    """The classes with their recall, the worst first where there are many."""
+    classes = facts["per_class_accuracy"].items()
+    ranked = sorted(classes, key=lambda item: item[1]["value"])
+    rows = [
+        (name, f"{rate['value']:.1%}", f"{rate['low']:.1%} to {rate['high']:.1%}", rate["n"])
+        for name, rate in (ranked[:at_most] if len(ranked) > at_most else classes)
+    ]
+    title = f"the {at_most} worst of {len(ranked)} classes" if len(ranked) > at_most else ""
+    log.table(["class", "recall", "95 % interval", "images"], rows, title=title)
+
+
+def _print_run(result: pipeline.Result) -> None:
+    facts = result.facts
+    _print_class_counts(facts["class_counts"])
+    for name, origin in facts["splits"].items():
+        typer.echo(f"{name}: {origin}")
+    if facts["measured_on"]:
+        chosen = facts["selected_by"]
+        by = f"{chosen['split']} chose" if chosen["split"] else "the last: nothing chose"
+        typer.echo(f"\nmeasured on {facts['measured_on']} (weights: {by} update {chosen['step']})")
+        _print_scores(facts)
+    typer.echo(f"package: {facts['package']}")
+    typer.echo(f"next:    fieldmark export {result.path}")
+
+
+def _print_class_counts(counts: list[dict[str, Any]], at_most: int = 40) -> None:
+    """Images of each class in each split: all of them, or the largest where there are many."""
+    splits = [name for name in counts[0] if name != "class_name"]
+    totals = ["total", *(sum(row[name] for row in counts) for name in splits)]
+    shown = sorted(counts, key=lambda row: -row[splits[0]])[:at_most]
+    listed = counts if len(counts) <= at_most else shown
+    title = "" if len(counts) <= at_most else f"the {at_most} largest of {len(counts)} classes"
+    rows = [[row["class_name"], *(row[name] for name in splits)] for row in listed]
+    log.table(["class", *splits], [*rows, totals], title=title)
+
+
+def _print_evaluation(result: pipeline.Result) -> None:
+    _print_scores(result.facts)
+    _print_classes(result.facts)
+    if result.path is not None:
+        typer.echo(f"metrics and predictions: {result.path}")
+
+
+def _print_package(result: pipeline.Result) -> None:
+    if "top1_accuracy" in result.facts:
+        _print_scores(result.facts)
+    typer.echo(f"package: {result.path} (golden samples: {result.facts['golden']})")
+    typer.echo(f"next:    fieldmark export {result.path}")
+
+
+def _print_verification(result: pipeline.Result) -> None:
+    for name, found in result.facts["variants"].items():
+        golden, parity = found["golden"], found["parity"]
+        rows = [("variant", f"{name}: {found['file']}, {found['bytes'] / 1e6:.1f} MB")]
+        state = "passed" if golden["passed"] else "FAILED"
+        rows.append(("golden samples", f"{state}, n={golden['num_samples']}"))
+        if parity is not None:
+            rows += _parity_rows(parity)
+        rows += [("note", note) for note in found["notes"]]
+        rows += [("problem", problem) for problem in found["problems"]]
+        rows.append(("deployable", "yes" if found["deployable"] else "no"))
+        log.facts(rows)
+    typer.echo("verified" if result.passed else "verification FAILED")
+    typer.echo(f"next: fieldmark serve {result.path}" if result.passed else "")
+
+
+def _parity_rows(parity: dict[str, Any]) -> list[tuple[str, str]]:
+    drop = parity["accuracy_drop"]
+    largest, mean = parity["max_abs_delta_logit"], parity["mean_abs_delta_logit"]
+    delta = "not finite" if largest is None else f"max {largest:.2g}, mean {mean:.2g}"
+    return [
+        ("compared on", parity["data"]),
+        ("top-1 agreement", _rate(parity["top1_agreement"])),
+        ("logits differ by", delta),
+        (
+            "accuracy drop",
+            f"{drop['value']:.2%}  (95 % interval {drop['low']:.2%} to {drop['high']:.2%})",
+        ),
+    ]
+
+
+def _print_quickstart(result: pipeline.Result) -> None:
+    facts = result.facts
+    agreement = facts["parity"]["variants"]["onnx"]["parity"]["top1_agreement"]
+    sample = facts["sample"]
+    log.facts(
+        [
+            ("top-1 accuracy", f"{_rate(facts['top1_accuracy'])} on {facts['measured_on']}"),
+            ("ONNX agrees with torch", _rate(agreement)),
+            ("one image", f"{sample['file']} is a {sample['predictions'][0]['class_name']!r}"),
+            ("package", facts["package"]),
+        ]
+    )
+    typer.echo(f"next: fieldmark serve {result.path}")
+
+
+def _print_predictions(results: "Iterable[FileResult]", as_json: bool) -> int:
+    """Print each result as it comes, or all as one object; return how many are errors."""
+    num_errors = 0
+    if as_json:
+        listed = [result.to_json() for result in results]
+        num_errors = sum("error" in item for item in listed)
+        _print_json({"results": listed, "num_errors": num_errors})
+        return num_errors
+    for result in results:
+        if result.error is not None:
+            num_errors += 1
+            log.warn(f"{result.file}: {result.error}")
+            continue
+        typer.echo(result.file)
+        for ranked in result.predictions:
+            described = f"  ({ranked.description})" if ranked.description else ""
+            typer.echo(f"  {ranked.probability:7.2%}  {ranked.class_name}{described}")
+    return num_errors
+
+
+def _print_info(result: pipeline.Result) -> None:
+    facts = dict(result.facts)
+    counts = facts.pop("class_counts", None)
+    if counts is not None:
+        _print_class_counts(counts)
+    for name in ("config", "class_names", "metrics", "training"):
+        value = facts.get(name)
+        if value and len(json.dumps(value)) > 200:
+            facts[name] = f"{len(value)} entries; see --json"
+    log.facts([(name, str(value)) for name, value in facts.items()])
+
+
+if __name__ == "__main__":
+    main()

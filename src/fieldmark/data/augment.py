@@ -1,0 +1,233 @@
+"""What changes a batch before the network sees it: per image, vectorised, on the batch's device.
+
+Shapes: B images, H rows, W columns, C = 3 channels last (NHWC), K classes. uint8 comes in; float32
+goes out as NCHW. NHWC inside, because a crop then copies whole pixels and channels_last is free.
+
+No function here draws from a global generator. `Draws` holds all random numbers of one batch; they
+are drawn by numpy on the CPU, so that a GPU sees the same crops as a CPU, and are functions of the
+seed they were drawn from alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fieldmark.config import AugmentConfig
+from fieldmark.data.labelled import Labels
+from fieldmark.errors import ConfigError
+from fieldmark.runtime.seed import derive_seed
+
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B images; a field is None where the configuration needs none."""
+
+    crop_yx: Labels | None = None  # (B, 2): top left corner in the padded image
+    is_flipped: Flags | None = None  # (B,)
+    cutout_yx: Labels | None = None  # (B, 2): top left corner in the image
+    mix_share: npt.NDArray[np.float32] | None = None  # (B,): the share an image keeps
+    mix_partner: Labels | None = None  # (B,): position in the batch
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """Return a generator that is a function of `parts`, such as ("batch", seed, epoch, step)."""
+    return np.random.Generator(np.random.PCG64(derive_seed(*parts)))
+
+
+def check_augment(config: AugmentConfig, height_px: int, width_px: int) -> None:
+    """Raise ConfigError if the augmentation does not fit images of this size."""
+    side = min(height_px, width_px)
+    if config.cutout_px > side:
+        raise ConfigError(
+            f"augment.cutout_px must be at most the image's {side} px. Got {config.cutout_px}. "
+            "Lower it."
+        )
+    if config.crop_pad_mode == "reflect" and config.crop_pad_px >= side:
+        raise ConfigError(
+            f"augment.crop_pad_px must be below the image's {side} px to reflect. Got "
+            f"{config.crop_pad_px}. Lower it, or set augment.crop_pad_mode=zero."
+        )
+
+
+def draw(
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    indices: Labels,
+    height_px: int,
+    width_px: int,
+    *,
+    seed: int,
+    epoch: int,
+) -> Draws:
+    """Return the draws of a batch.
+
+    Args:
+        indices: each image's position in the training split; alternating flips depend on it.
+        seed: of the run: alternating flips are the same in each even epoch.
+    """
+    count = len(indices)
+    crop = flip = cutout = share = partner = None
+    if config.crop_pad_px:
+        crop = rng.integers(0, 2 * config.crop_pad_px + 1, (count, 2))
+    if config.flip == "random":
+        flip = rng.random(count) < 0.5
+    elif config.flip == "alternating":
+        flip = alternating_flips(seed, indices, epoch)
+    if config.cutout_px:
+        room = [height_px - config.cutout_px + 1, width_px - config.cutout_px + 1]
+        cutout = rng.integers(0, room, (count, 2))
+    if config.mixup_alpha:
+        share, partner = draw_mixup(config.mixup_alpha, rng, count)
+    return Draws(crop, flip, cutout, share, partner)
+
+
+def draw_mixup(
+    alpha: float, rng: np.random.Generator, count: int
+) -> tuple[npt.NDArray[np.float32], Labels]:
+    """Return each image's share, drawn from Beta(alpha, alpha), and its partner."""
+    return rng.beta(alpha, alpha, count).astype(np.float32), rng.permutation(count)
+
+
+def alternating_flips(seed: int, indices: Labels, epoch: int) -> Flags:
+    """Return which images are mirrored: half of them in even epochs, the other half in odd ones.
+
+    So each image is seen both ways in any two consecutive epochs. Which half an image is in is a
+    hash of the seed and its index.
+
+    Source: Jordan 2024, arXiv:2404.00498, section 3.6; the mixing constants are splitmix64's.
+    """
+    # The products wrap at 64 bits, as they are meant to.
+    mixed = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(derive_seed("flip", seed))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    is_first_half = (mixed >> np.uint64(63)).astype(np.bool_)
+    return is_first_half ^ bool(epoch % 2)
+
+
+def apply(
+    config: AugmentConfig,
+    images_BHWC: Tensor,
+    labels_B: Tensor,
+    draws: Draws,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return float32 images (B, 3, H, W), and labels (B,) or, when mixed, targets (B, K).
+
+    The images are channels_last in memory. `images_BHWC` is uint8 and is not changed.
+    """
+    if draws.crop_yx is not None or draws.is_flipped is not None:
+        images_BHWC = crop_and_flip(
+            images_BHWC,
+            draws.crop_yx,
+            draws.is_flipped,
+            pad_px=config.crop_pad_px if draws.crop_yx is not None else 0,
+            mode=config.crop_pad_mode,
+        )
+    x_BHWC = normalise(images_BHWC, mean, std)
+    if draws.cutout_yx is not None:
+        cut_out(x_BHWC, draws.cutout_yx, config.cutout_px)
+    targets = labels_B
+    if draws.mix_share is not None and draws.mix_partner is not None:
+        x_BHWC, targets = mix_up(x_BHWC, labels_B, draws.mix_share, draws.mix_partner, num_classes)
+    return x_BHWC.permute(0, 3, 1, 2), targets
+
+
+def crop_and_flip(
+    images_BHWC: Tensor,
+    crop_yx_B2: Labels | None,
+    flip_B: Flags | None,
+    *,
+    pad_px: int,
+    mode: str,
+) -> Tensor:
+    """Return each image padded by `pad_px`, cut to its old size at its own place, and mirrored.
+
+    One gather does both: 1.3 ms for 500 images of 32 px on two cores, where indexing by image,
+    row and column takes 3.8 ms, and cropping first and mirroring after it 2.1 ms.
+
+    Args:
+        mode: "zero" pads with black as torchvision's RandomCrop does, "reflect" mirrors at the
+            edge without repeating it.
+    """
+    B, H, W, C = images_BHWC.shape
+    device = images_BHWC.device
+    y_BH = torch.arange(H, device=device).repeat(B, 1)
+    x_BW = torch.arange(W, device=device).repeat(B, 1)
+    if flip_B is not None:
+        flip = torch.from_numpy(flip_B).to(device)
+        x_BW = torch.where(flip[:, None], W - 1 - x_BW, x_BW)
+    if crop_yx_B2 is not None:
+        corner = torch.from_numpy(crop_yx_B2).to(device)
+        y_BH, x_BW = y_BH + corner[:, :1], x_BW + corner[:, 1:]
+    if mode == "reflect":
+        y_BH, x_BW = _reflect(y_BH - pad_px, H), _reflect(x_BW - pad_px, W)
+    elif pad_px:
+        images_BHWC = F.pad(images_BHWC, (0, 0, pad_px, pad_px, pad_px, pad_px))
+    rows, columns = images_BHWC.shape[1:3]
+    first_B = torch.arange(B, device=device)[:, None] * rows
+    pixel_BHW = (first_B + y_BH)[:, :, None] * columns + x_BW[:, None, :]
+    flat = images_BHWC.reshape(-1, C).index_select(0, pixel_BHW.view(-1))
+    return flat.view(B, H, W, C)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Mirror positions outside of 0 .. size - 1 back into it."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (image / 255 - mean) / std per channel, float32, of uint8 images."""
+    B, H, W, C = images_BHWC.shape
+    mean_C = torch.tensor(mean, dtype=torch.float64)
+    std_C = torch.tensor(std, dtype=torch.float64)
+    # One multiply and add per element over rows of W * C: four times as fast on a CPU as
+    # broadcasting over a last dimension of 3.
+    scale = (1 / (255 * std_C)).float().repeat(W).to(images_BHWC.device)
+    shift = (-mean_C / std_C).float().repeat(W).to(images_BHWC.device)
+    rows = images_BHWC.reshape(B, H, W * C).float()
+    return rows.mul_(scale).add_(shift).view(B, H, W, C)
+
+
+def cut_out(x_BHWC: Tensor, corner_yx_B2: Labels, size_px: int) -> None:
+    """Set a square of each normalised image to 0, the data's mean, in place.
+
+    Source: DeVries and Taylor 2017, arXiv:1708.04552; here the square lies wholly inside.
+    """
+    _, H, W, _ = x_BHWC.shape
+    corner = torch.from_numpy(corner_yx_B2).to(x_BHWC.device)
+    y_BH = torch.arange(H, device=x_BHWC.device) - corner[:, :1]
+    x_BW = torch.arange(W, device=x_BHWC.device) - corner[:, 1:]
+    inside_BH = (y_BH >= 0) & (y_BH < size_px)
+    inside_BW = (x_BW >= 0) & (x_BW < size_px)
+    x_BHWC.masked_fill_((inside_BH[:, :, None] & inside_BW[:, None, :])[..., None], 0.0)
+
+
+def mix_up(
+    x_BHWC: Tensor,
+    labels_B: Tensor,
+    share_B: npt.NDArray[np.float32],
+    partner_B: Labels,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return each image blended with its partner, and targets (B, K) blended alike.
+
+    Source: Zhang et al. 2017, arXiv:1710.09412; the share is drawn per image, not per batch.
+    """
+    share = torch.from_numpy(share_B).to(x_BHWC.device)
+    partner = torch.from_numpy(partner_B).to(x_BHWC.device)
+    one_hot_BK = F.one_hot(labels_B, num_classes).float()
+    mixed = torch.lerp(x_BHWC.index_select(0, partner), x_BHWC, share[:, None, None, None])
+    targets_BK = torch.lerp(one_hot_BK.index_select(0, partner), one_hot_BK, share[:, None])
+    return mixed, targets_BK

@@ -1,0 +1,1 @@
+"""Measuring a Predict on labelled images, and keeping what was measured."""

@@ -1,0 +1,42 @@
+"""Opening any form of a model as a Predict."""
+
+from fieldmark.errors import PackageError, UnknownName
+from fieldmark.measure import Predict
+from fieldmark.model import InferenceModule, build, eager_predict
+from fieldmark.packaging.load import open_onnx
+from fieldmark.packaging.resolve import ResolvedModel
+from fieldmark.packaging.torch_load import open_torchscript
+
+REFERENCE = "torch"
+
+
+def open_module(model: ResolvedModel) -> InferenceModule:
+    """Return the trained model with its normalisation, in eval mode."""
+    network = build(model.architecture, model.weights)
+    return InferenceModule(network, model.preprocess.mean, model.preprocess.std)
+
+
+def open_reference(model: ResolvedModel) -> Predict:
+    """Return the trained model itself, run by torch: what every variant is compared with."""
+    return eager_predict(open_module(model))
+
+
+def open_backend(model: ResolvedModel, variant: str) -> Predict:
+    """Return the reference for "torch", else the package's variant of that name.
+
+    Raises:
+        PackageError, UnknownName: the model is no package, or has no such variant.
+    """
+    if variant == REFERENCE:
+        return open_reference(model)
+    if model.package is None:
+        raise PackageError(
+            f"only a package has variants such as {variant!r}. Got {model.source}. "
+            f"Run: fieldmark package {model.source} --out PACKAGE."
+        )
+    known = model.package.manifest.variants
+    if variant not in known:
+        raise UnknownName.among(f"variant of {model.name}", variant, [REFERENCE, *known])
+    if known[variant].kind == "onnx":
+        return open_onnx(model.package, variant)
+    return open_torchscript(model.package, variant)

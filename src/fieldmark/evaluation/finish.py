@@ -1,0 +1,200 @@
+"""The end of a run: the chosen weights measured once on test, and packaged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fieldmark import __version__
+from fieldmark.config import RunConfig
+from fieldmark.data.counts import class_counts
+from fieldmark.data.labelled import Split
+from fieldmark.data.source import open_source
+from fieldmark.data.split import Splits
+from fieldmark.errors import ConfigError
+from fieldmark.evaluation.backends import open_module
+from fieldmark.evaluation.run import Evaluation, evaluate_split, write_evaluation
+from fieldmark.evaluation.splits import pick_split, spread_over
+from fieldmark.measure import Predict
+from fieldmark.model import Architecture, InferenceModule, eager_predict, num_parameters
+from fieldmark.packaging.golden import GoldenSamples, make_golden, synthetic_images
+from fieldmark.packaging.resolve import ResolvedModel
+from fieldmark.packaging.write import write_package
+from fieldmark.preprocess import Preprocess
+from fieldmark.runtime.files import write_json
+
+NUM_GOLDEN = 12
+RESULT_FILE = "metrics.json"
+
+
+def finish_run(
+    folder: Path,
+    config: RunConfig,
+    *,
+    splits: Splits,
+    preprocess: Preprocess,
+    network: nn.Module,
+    architecture: Architecture,
+    pretrained: ResolvedModel | None,
+    training: dict[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measure val and test, write metrics and predictions and the package; return the facts."""
+    network = network.to(memory_format=torch.contiguous_format)
+    module = InferenceModule(network, preprocess.mean, preprocess.std)
+    predict = eager_predict(module, device)
+    measured: dict[str, Any] = {}
+    for name in ("val", "test"):
+        split = splits.parts().get(name)
+        if split is not None:
+            evaluation = evaluate_split(
+                predict,
+                split,
+                preprocess,
+                data_class_names=splits.class_names,
+                class_names=splits.class_names,
+                class_descriptions=None,
+                batch_size=config.eval.batch_size,
+            )
+            measured[name] = _keep(folder, evaluation, split, splits, config)
+    data = config.data
+    training = training | {
+        "recipe": config.name,
+        "source": data.source,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "fingerprint": splits.fingerprint,
+        "val_frac": data.val_frac,
+        "test_frac": data.test_frac,
+        "split_seed": data.split_seed,
+        "seed": config.train.seed,
+        "splits": splits.origin,
+        "num_images": {name: len(split) for name, split in splits.parts().items()},
+        "broken": [list(pair) for pair in splits.broken],
+    }
+    facts = {
+        "package": str(folder / "package"),
+        "num_parameters": num_parameters(network),
+        "architecture": architecture.name,
+        **(measured.get("test") or measured.get("val") or {}),
+        "measured_on": next((name for name in ("test", "val") if name in measured), None),
+        "splits": splits.origin,
+        "class_counts": class_counts(splits.parts(), splits.class_names),
+        "broken": training["broken"],
+        "selected_by": training["selected_by"],
+    }
+    predict = eager_predict(module, "cpu")
+    write_package(
+        folder / "package",
+        network=network,
+        architecture=architecture,
+        class_names=splits.class_names,
+        class_descriptions=splits.class_descriptions,
+        preprocess=preprocess,
+        training=training,
+        metrics=measured,
+        golden=_golden(
+            config.package.golden,
+            config.package.num_golden,
+            splits.val or splits.train,
+            preprocess,
+            predict,
+            splits.class_names,
+        ),
+        golden_kind="data" if config.package.golden == "data" else "synthetic",
+        license=config.package.license or (pretrained.license if pretrained else ""),
+        source=pretrained.source if pretrained else f"trained by fieldmark {__version__}",
+        name=config.name or folder.name,
+        replace=True,  # a run that was stopped in between packages again
+    )
+    write_json(folder / RESULT_FILE, facts)  # last: it says that the run has ended
+    return facts
+
+
+def package_model(
+    model: ResolvedModel, out: Path, *, data: str, golden: str, license: str
+) -> dict[str, Any]:
+    """Write a package of any resolved model; measure it where data is given.
+
+    Args:
+        golden: data, synthetic, none, or auto: data where it is given, else synthetic.
+    """
+    class_names = model.require_class_names()
+    if golden == "auto":
+        golden = "data" if data else "synthetic"
+    if golden not in ("data", "synthetic", "none"):
+        raise ConfigError(f"--golden must be auto, data, synthetic or none. Got {golden!r}.")
+    if golden == "data" and not data:
+        raise ConfigError("--golden data takes images from a source. Give --data SOURCE.")
+    module = open_module(model)
+    predict = eager_predict(module)
+    measured: dict[str, Any] = dict(model.package.manifest.metrics) if model.package else {}
+    split: Split | None = None
+    if data:
+        source = open_source(data)
+        split = pick_split(source, "auto", training=model.training, preprocess=model.preprocess)
+        evaluation = evaluate_split(
+            predict,
+            split,
+            model.preprocess,
+            data_class_names=source.class_names,
+            class_names=class_names,
+            class_descriptions=model.class_descriptions,
+            batch_size=64,
+        )
+        measured[split.name] = {"data": data, **evaluation.scores.to_json(list(class_names))}
+    write_package(
+        out,
+        network=module.network,
+        architecture=model.architecture,
+        class_names=class_names,
+        class_descriptions=model.class_descriptions,
+        preprocess=model.preprocess,
+        training=None if model.training is None else dict(model.training),
+        metrics=measured,
+        golden=_golden(golden, NUM_GOLDEN, split, model.preprocess, predict, class_names),
+        golden_kind="data" if golden == "data" else "synthetic",
+        license=license or model.license,
+        source=model.source,
+        name=model.name,
+    )
+    scores = measured[split.name] if split is not None else {}
+    return {
+        "package": str(out),
+        "architecture": model.architecture.name,
+        "golden": golden,
+        **scores,
+    }
+
+
+def _keep(
+    folder: Path, evaluation: Evaluation, split: Split, splits: Splits, config: RunConfig
+) -> dict[str, Any]:
+    """Write an evaluation into the run; return its figures."""
+    about = {"data": config.data.source, "split": split.name, "images": splits.origin[split.name]}
+    write_evaluation(
+        folder / "evaluations" / split.name,
+        evaluation,
+        class_names=splits.class_names,
+        image_names=[split.images.name(index) for index in range(len(split))],
+        about=about,
+    )
+    return about | evaluation.scores.to_json(list(splits.class_names))
+
+
+def _golden(
+    kind: str,
+    count: int,
+    split: Split | None,
+    preprocess: Preprocess,
+    predict: Predict,
+    class_names: tuple[str, ...],
+) -> GoldenSamples | None:
+    if kind == "none":
+        return None
+    if kind == "synthetic" or split is None:
+        return make_golden(synthetic_images(count, seed=0), preprocess, predict, class_names)
+    chosen = spread_over(split, count)
+    encoded = [chosen.images.encoded(index) for index in range(len(chosen))]
+    return make_golden(encoded, preprocess, predict, class_names)

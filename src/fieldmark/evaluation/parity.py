@@ -1,0 +1,150 @@
+"""Verifying a package: files, golden samples, and variants against the reference on real images.
+
+With torch absent, or the images not there, golden samples alone run, and the result says so.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fieldmark.errors import DataError, MissingDependency, PackageError, UnknownName, require
+from fieldmark.measure import Predict
+from fieldmark.packaging.load import open_onnx
+from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.verify import verify_variant
+from fieldmark.runtime.log import track, warn
+
+_BATCH_SIZE = 50
+
+Batch = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityImages:
+    """The images of a comparison, and the model that they are compared with."""
+
+    reference: Predict
+    batches: Callable[[], Iterator[Batch]]
+    num_batches: int
+    words: str
+
+
+def verify_package(
+    folder: Path, *, data: str, split: str, variants: Sequence[str], max_images: int
+) -> tuple[dict[str, Any], bool]:
+    """Return what was found of each variant, and whether all checks passed.
+
+    Raises:
+        PackageError: no variant to verify, or a damaged package.
+        UnknownName: a variant that is not there.
+        DataError: images that were asked for by `data` cannot be read.
+    """
+    package = open_package(folder)
+    package.check_files()
+    known = package.manifest.variants
+    if not known:
+        raise PackageError(
+            f"{folder} must have an exported variant to verify. It has none. "
+            f"Run: fieldmark export {folder}."
+        )
+    for name in variants:
+        if name not in known:
+            raise UnknownName.among(f"variant of {folder}", name, known)
+    images, why_not = _parity_images(package, data, split, max_images)
+    results = {}
+    for name in variants or known:
+        batches = None
+        if images is not None:
+            batches = track(images.batches(), f"comparing {name}", images.num_batches)
+        result = verify_variant(
+            package,
+            name,
+            _open_variant(package, name),
+            images.reference if images is not None else None,
+            batches,
+            images.words if images is not None else "",
+        )
+        package = result.package
+        results[name] = result.to_json()
+        if why_not:
+            results[name]["notes"] = [*results[name]["notes"], why_not]
+    passed = all(result["passed"] for result in results.values())
+    return {"package_id": package.id, "variants": results}, passed
+
+
+def _open_variant(package: Package, name: str) -> Predict:
+    if package.manifest.variants[name].kind == "onnx":
+        return open_onnx(package, name)
+    require("torch", "train", f"verifying variant {name!r}")
+    from fieldmark.packaging.torch_load import open_torchscript
+
+    return open_torchscript(package, name)
+
+
+def _parity_images(
+    package: Package, data: str, wanted: str, max_images: int
+) -> tuple[ParityImages | None, str]:
+    """Return the images to compare on, or None and why there are none."""
+    training = package.manifest.training or {}
+    spec = data or str(training.get("source", ""))
+    if importlib.util.find_spec("torch") is None:
+        if data:
+            require("torch", "train", "comparing on images")
+        return None, "The trained model needs torch, which is not installed."
+    if not spec:
+        return None, "The package records no images. Name some with --data SOURCE."
+    try:
+        return _open_images(package, spec, wanted, max_images, is_default=not data), ""
+    except (DataError, UnknownName, MissingDependency) as error:
+        if data:
+            raise
+        warn(f"the recorded images cannot be compared again: {error}")
+        return None, f"The recorded images are not there: {error}"
+
+
+def _open_images(
+    package: Package, spec: str, wanted: str, max_images: int, *, is_default: bool
+) -> ParityImages:
+    from fieldmark.data.classes import match_classes
+    from fieldmark.data.held_out import eval_batches
+    from fieldmark.data.source import open_source
+    from fieldmark.evaluation.backends import open_reference
+    from fieldmark.evaluation.splits import pick_split, spread_over
+    from fieldmark.packaging.resolve import resolve_model
+
+    training = package.manifest.training or {}
+    columns = {
+        name: str(training.get(name, "")) if is_default else ""
+        for name in ("image_column", "label_column")
+    }
+    source = open_source(spec, **columns)
+    if is_default and training.get("fingerprint") != source.fingerprint:
+        raise DataError(
+            f"{spec} must be what the model was trained on. Its fingerprint changed. "
+            "Name it with --data to compare on it all the same."
+        )
+    chosen = pick_split(
+        source,
+        wanted,
+        training=training or None,
+        preprocess=package.preprocess,
+        order=("val", "test", "all", "train"),
+    )
+    chosen = spread_over(chosen, max_images)
+    to_model = match_classes(source.class_names, package.class_names, package.class_descriptions)
+
+    def batches() -> Iterator[Batch]:
+        for images, labels in eval_batches(chosen, package.preprocess, _BATCH_SIZE):
+            yield images, to_model[labels]
+
+    return ParityImages(
+        reference=open_reference(resolve_model(str(package.path))),
+        batches=batches,
+        num_batches=-(-len(chosen) // _BATCH_SIZE),
+        words=f"{len(chosen)} images of {spec}, {chosen.name}",
+    )

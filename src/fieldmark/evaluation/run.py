@@ -1,0 +1,95 @@
+"""One evaluator for every backend: it knows a Predict and batches, nothing else."""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fieldmark.data.classes import match_classes
+from fieldmark.data.held_out import eval_batches
+from fieldmark.data.labelled import Split
+from fieldmark.measure import Predict, Scores, score
+from fieldmark.preprocess import Preprocess
+from fieldmark.runtime.files import write_atomic, write_json
+from fieldmark.runtime.log import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores, and the logits they were counted from, in the order of the images."""
+
+    scores: Scores
+    logits: npt.NDArray[np.float32]  # (N, K)
+    labels: npt.NDArray[np.int64]  # (N,), in the order of the model's classes
+
+
+def evaluate_predict(
+    predict: Predict,
+    batches: Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]],
+    *,
+    num_images: int,
+    title: str = "evaluating",
+) -> Evaluation:
+    """Return the evaluation of `predict` over batches of uint8 (B, H, W, 3) and labels (B,)."""
+    logits, labels = [], []
+    with progress(title, num_images, "images") as bar:
+        for images, batch_labels in batches:
+            logits.append(predict(images))
+            labels.append(batch_labels)
+            bar.advance(len(batch_labels))
+    all_logits, all_labels = np.concatenate(logits), np.concatenate(labels)
+    return Evaluation(score(all_logits, all_labels), all_logits, all_labels)
+
+
+def evaluate_split(
+    predict: Predict,
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    data_class_names: Sequence[str],
+    class_names: Sequence[str],
+    class_descriptions: Sequence[str] | None,
+    batch_size: int,
+) -> Evaluation:
+    """Return the evaluation of a split, its labels matched to the model's classes by name.
+
+    Raises:
+        DataError: a class the model does not know, or an image that does not decode.
+    """
+    to_model = match_classes(data_class_names, class_names, class_descriptions)
+    return evaluate_predict(
+        predict,
+        (
+            (images, to_model[labels])
+            for images, labels in eval_batches(split, preprocess, batch_size)
+        ),
+        num_images=len(split),
+        title=f"evaluating {split.name}",
+    )
+
+
+def write_evaluation(
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    class_names: Sequence[str],
+    image_names: Sequence[str],
+    about: dict[str, Any],
+) -> None:
+    """Write metrics.json and predictions.npz (names, labels, predicted, logits) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        names=np.asarray(image_names, dtype=np.str_),
+        class_names=np.asarray(class_names, dtype=np.str_),
+        labels=evaluation.labels,
+        predicted=evaluation.logits.argmax(axis=1),
+        logits=evaluation.logits,
+    )
+    write_atomic(folder / "predictions.npz", buffer.getvalue())
+    write_json(folder / "metrics.json", about | evaluation.scores.to_json(list(class_names)))

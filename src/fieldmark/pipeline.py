@@ -1,0 +1,486 @@
+"""START HERE: the stages, each on one screen, and how data flows from one to the next.
+
+    config -> data -> model -> train -> evaluate -> package -> export -> verify -> predict, serve
+
+Each function returns a plain object with `to_json()`. Stages are imported when they are asked for,
+so that predicting and serving need no torch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fieldmark.errors import (
+    ConfigError,
+    DataError,
+    MissingDependency,
+    PackageError,
+    UnknownName,
+    require,
+)
+from fieldmark.runtime.files import read_json
+from fieldmark.runtime.log import say, warn
+
+if TYPE_CHECKING:
+    from fieldmark.config import DataConfig, ModelConfig
+    from fieldmark.data.split import Splits
+    from fieldmark.packaging.resolve import ResolvedModel
+    from fieldmark.serving.files import FileResult
+    from fieldmark.serving.predictor import Predictor
+
+Golden = Literal["auto", "data", "synthetic", "none"]
+ExportFormat = Literal["onnx", "torchscript"]
+MAX_PARITY_IMAGES = 2_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage did: the facts for machines, and where its files are."""
+
+    path: Path | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    passed: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; rates are {"value", "low", "high", "n"}, fractions."""
+        where = {} if self.path is None else {"path": str(self.path)}
+        return where | self.facts
+
+
+def train(
+    recipe: str = "",
+    settings: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train a recipe and return the run: its folder ends with a package and a test result.
+
+    Args:
+        recipe: a name of `recipes()`, or a TOML file (which may name a recipe to start from).
+        settings: "section.key=value" over the recipe.
+        out: the run's folder; default runs/RECIPE. It must not exist, unless `resume`.
+        resume: go on with the run in `out`, with its own configuration.
+    """
+    require("torch", "train", "training")
+    from fieldmark.cookbook import load_recipe
+    from fieldmark.data.split import check_held_out
+    from fieldmark.evaluation.finish import RESULT_FILE, finish_run
+    from fieldmark.evaluation.validation import make_validation
+    from fieldmark.training.device import pick_device, prepare
+    from fieldmark.training.prepare import (
+        load_train_images,
+        make_batches,
+        make_network,
+        report_broken,
+    )
+    from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
+    from fieldmark.training.session import Session, summary_sentence
+
+    if resume:
+        run = RunFolder.open(_resumed_folder(recipe, settings, out))
+    else:
+        config = load_recipe(recipe, settings)
+        run = RunFolder.create(Path(out or default_folder(config.name or "run")), config)
+    with run:
+        if (run.path / RESULT_FILE).is_file():
+            say(f"run {run.path} has ended already: nothing to resume")
+            return Result(run.path, read_json(run.path / RESULT_FILE))
+        config = run.config()
+        device = pick_device(config.train.device)
+        threads = prepare(config.train, device)
+        for difference in run.check_environment(describe_environment(device, threads)):
+            warn(f"the run began elsewhere, so its last bits may differ: {difference}")
+        splits = open_splits(config.data)
+        if run.decide("fingerprint", splits.fingerprint, "of the data") != splits.fingerprint:
+            raise DataError(
+                f"{config.data.source} changed since the run began: its fingerprint is another. "
+                "Restore it, or start a new run."
+            )
+        pretrained = resolve_pretrained(config.model)
+        images = load_train_images(
+            splits.train,
+            data=config.data,
+            augment=config.augment,
+            model=config.model,
+            evaluation=config.eval,
+            pretrained=pretrained,
+            decide=run.decide,
+        )
+        splits = check_held_out(splits, images.preprocess)
+        report_broken(list(splits.broken), len(splits.train), config.data.max_broken_frac)
+        for name, origin in splits.origin.items():
+            run.decide(f"split {name}", len(splits.parts().get(name, ())), origin)
+        say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
+        network, architecture = make_network(
+            config.model,
+            pretrained=pretrained,
+            class_names=splits.class_names,
+            image_px=images.preprocess.height_px,
+            seed=config.train.seed,
+        )
+        session = Session(
+            run,
+            network,
+            make_batches(
+                images,
+                network=network,
+                data=config.data,
+                augment=config.augment,
+                train=config.train,
+                num_classes=len(splits.class_names),
+                device=device,
+            ),
+            make_validation(
+                splits.val,
+                images.preprocess,
+                batch_size=config.eval.batch_size,
+                max_bytes=config.data.max_resident_mb * 2**20,
+                device=device,
+            ),
+            train=config.train,
+            optim=config.optim,
+            schedule=config.schedule,
+            loss=config.loss,
+            frozen_backbone=config.model.freeze == "backbone",
+            device=device,
+        )
+        trained = session.fit()
+        say(summary_sentence(trained))
+        selected_by = run.decide(
+            "selection",
+            {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
+            "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
+        )
+        facts = finish_run(
+            run.path,
+            config,
+            splits=splits,
+            preprocess=images.preprocess,
+            network=trained.network,
+            architecture=architecture,
+            pretrained=pretrained,
+            training={"steps": trained.step, "selected_by": selected_by},
+            device=device,
+        )
+    return Result(run.path, facts | {"images_per_s": trained.images_per_s})
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    split: str = "auto",
+    variant: str = "torch",
+    arch: str = "",
+    classes: Path | None = None,
+    image_px: int = 0,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+) -> Result:
+    """Measure a model on labelled images, matched by class name.
+
+    Args:
+        model: a package, a run, local-dir:PATH, timm:NAME, or a state dict with `arch`.
+        data: a data source such as "folder:photos/val".
+        split: train, val, test or all; auto takes the test split, or what was held out of this
+            source when the model was trained on it, or all of a folder that has no splits.
+        variant: torch (the reference), or an exported variant of a package.
+        out: where metrics.json and predictions.npz go; default: beside a run, else nowhere.
+    """
+    require("torch", "train", "evaluating on a data source")
+    from fieldmark.data.source import open_source
+    from fieldmark.evaluation.backends import open_backend
+    from fieldmark.evaluation.run import evaluate_split, write_evaluation
+    from fieldmark.evaluation.splits import pick_split
+    from fieldmark.packaging.resolve import resolve_model
+
+    resolved = resolve_model(model, arch=arch, classes_file=classes, image_px=image_px)
+    class_names = resolved.require_class_names()
+    source = open_source(data)
+    chosen = pick_split(source, split, training=resolved.training, preprocess=resolved.preprocess)
+    say(f"{resolved.name} ({variant}) on {len(chosen)} images: {data}, {chosen.name}")
+    evaluation = evaluate_split(
+        open_backend(resolved, variant),
+        chosen,
+        resolved.preprocess,
+        data_class_names=source.class_names,
+        class_names=class_names,
+        class_descriptions=resolved.class_descriptions,
+        batch_size=batch_size,
+    )
+    about = {"model": model, "variant": variant, "data": data, "split": chosen.name}
+    folder = Path(out) if out else _evaluation_folder(model, chosen.name, variant)
+    if folder is not None:
+        write_evaluation(
+            folder,
+            evaluation,
+            class_names=class_names,
+            image_names=[chosen.images.name(index) for index in range(len(chosen))],
+            about=about,
+        )
+    return Result(folder, about | evaluation.scores.to_json(list(class_names)))
+
+
+def package(
+    model: str,
+    out: str | Path,
+    *,
+    data: str = "",
+    golden: Golden = "auto",
+    arch: str = "",
+    classes: Path | None = None,
+    image_px: int = 0,
+    license: str = "",
+) -> Result:
+    """Make a package from foreign weights, or a copy of one with other golden samples.
+
+    Args:
+        data: labelled images, which are measured and give the golden samples.
+        golden: data (needs `data`), synthetic, none, or auto: data if given, else synthetic.
+        license: of the weights, where they do not say it themselves.
+    """
+    require("torch", "train", "packaging")
+    from fieldmark.evaluation.finish import package_model
+    from fieldmark.packaging.resolve import resolve_model
+
+    resolved = resolve_model(model, arch=arch, classes_file=classes, image_px=image_px)
+    facts = package_model(resolved, Path(out), data=data, golden=golden, license=license)
+    return Result(Path(out), facts)
+
+
+def export(model: str, to: ExportFormat = "onnx", *, data: str = "") -> Result:
+    """Export a package (or a run's) to onnx or torchscript, and verify the result.
+
+    Args:
+        data: where the images for the comparison come from; default: as in `verify`.
+    """
+    require("torch", "train", "exporting")
+    from fieldmark.evaluation.backends import open_module
+    from fieldmark.packaging.export import FORMATS, OPSET, export_module
+    from fieldmark.packaging.resolve import resolve_model
+    from fieldmark.packaging.write import add_variant
+
+    if to not in FORMATS:
+        raise UnknownName.among("export format", to, FORMATS)
+    folder = package_folder(model)
+    resolved = resolve_model(str(folder))
+    if to == "torchscript":
+        say("torch deprecates TorchScript; ONNX is the format to prefer")
+    spec = resolved.preprocess
+    exported = export_module(open_module(resolved), to, spec.height_px, spec.width_px)
+    opset = OPSET if to == "onnx" else None
+    changed = add_variant(folder, to, exported, kind=to, opset=opset)
+    say(f"exported {folder / changed.manifest.variants[to].file} ({len(exported) / 1e6:.1f} MB)")
+    return verify(str(folder), data=data, variants=[to])
+
+
+def verify(
+    model: str,
+    *,
+    data: str = "",
+    split: str = "auto",
+    variants: Sequence[str] = (),
+    max_images: int = MAX_PARITY_IMAGES,
+) -> Result:
+    """Check files, golden samples, and on real images every variant against the reference.
+
+    Args:
+        data: the images; default: the validation split that the package's training held out.
+        split: which split of `data`; auto takes val, else test, else all.
+        variants: default all.
+        max_images: at most so many, chosen evenly over the split.
+    """
+    from fieldmark.evaluation.parity import verify_package
+
+    folder = package_folder(model)
+    facts, passed = verify_package(
+        folder, data=data, split=split, variants=variants, max_images=max_images
+    )
+    return Result(folder, facts, passed)
+
+
+def predict(
+    model: str,
+    images: Iterable[str | Path],
+    *,
+    top_k: int = 5,
+    variant: str = "auto",
+    batch_size: int = 16,
+) -> "Iterator[FileResult]":
+    """Yield ranked classes with probabilities for files, folders, or "-" for stdin, in order.
+
+    A broken file yields its error and the rest goes on. Memory does not grow with the number.
+
+    Args:
+        variant: onnx, torchscript, torch (the trained model), or auto: onnx where there is one.
+    """
+    from fieldmark.serving.files import classify_files
+
+    predictor = _open_predictor(package_folder(model), variant)
+    return classify_files(predictor, images, top_k=top_k, batch_size=batch_size)
+
+
+def write_csv(results: "Iterable[FileResult]", path: str | Path, *, top_k: int) -> tuple[int, int]:
+    """Write predictions as they come; return how many files, and how many with an error."""
+    from fieldmark.serving.files import write_csv as write
+
+    return write(results, Path(path), top_k=top_k)
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    threads: int = 0,
+    max_body_bytes: int = 10_000_000,
+    max_pixels: int = 50_000_000,
+    announce: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Serve a package's ONNX variant over HTTP until SIGTERM or Ctrl-C.
+
+    Args:
+        announce: called with {"url", "model"} once the service is ready.
+    """
+    from fieldmark.serving.server import serve as serve_package
+
+    serve_package(
+        package_folder(model),
+        host=host,
+        port=port,
+        threads=threads,
+        max_body_bytes=max_body_bytes,
+        max_pixels=max_pixels,
+        announce=announce,
+    )
+
+
+def recipes() -> list[dict[str, str]]:
+    """Return name, summary, result and evidence of every recipe."""
+    from fieldmark.cookbook import RECIPES
+
+    return [
+        {
+            "name": name,
+            "summary": found.summary,
+            "result": found.line("Result"),
+            "evidence": found.evidence or "",
+        }
+        for name, found in sorted(RECIPES.items())
+    ]
+
+
+def info(target: str, *, pie: str | Path | None = None) -> Result:
+    """Describe a package, a run, or a data source (class counts for each split).
+
+    Args:
+        pie: a PNG of the class distribution, for a data source.
+    """
+    from fieldmark.evaluation.describe import describe
+
+    return Result(None, describe(target, None if pie is None else Path(pie)))
+
+
+def quickstart(out: str | Path | None = None) -> Result:
+    """Run the whole job on handwritten digits: train, export, verify, predict one image."""
+    require("torch", "train", "the quickstart")
+    from fieldmark.training.run_folder import default_folder
+
+    run = train("digits", out=out or default_folder("quickstart"))
+    exported = export(str(run.path))
+    sample = next(iter(sorted((package_folder(str(run.path)) / "golden").glob("*.png"))))
+    (answer,) = predict(str(run.path), [sample], top_k=3)
+    facts = {**run.facts, "parity": exported.facts, "sample": answer.to_json()}
+    return Result(run.path, facts, exported.passed)
+
+
+def package_folder(model: str | Path) -> Path:
+    """Return the package that a path means: itself, or that of a run.
+
+    Raises:
+        PackageError: neither.
+    """
+    from fieldmark.packaging.manifest import find_package, open_package
+
+    found = find_package(Path(model))
+    return found if found is not None else open_package(Path(model)).path
+
+
+def open_splits(data: "DataConfig") -> "Splits":
+    """Return the splits of a run's data."""
+    from fieldmark.data.source import open_source
+    from fieldmark.data.split import make_splits
+
+    source = open_source(
+        data.source, image_column=data.image_column, label_column=data.label_column
+    )
+    return make_splits(
+        source, val_frac=data.val_frac, test_frac=data.test_frac, split_seed=data.split_seed
+    )
+
+
+def resolve_pretrained(config: "ModelConfig") -> "ResolvedModel | None":
+    """Return the weights that training starts from: any MODEL, or a tag of model.arch."""
+    from fieldmark.packaging.resolve import resolve_model
+
+    text = config.pretrained
+    if not text:
+        return None
+    if ":" in text or Path(text).exists():
+        return resolve_model(text)
+    if not config.arch:
+        raise ConfigError(
+            f"model.pretrained must be timm:NAME, local-dir:PATH, a package, or a tag of "
+            f"model.arch. Got {text!r}. Name the network: model.arch=NAME."
+        )
+    return resolve_model(f"timm:{config.arch}.{text}")
+
+
+def _resumed_folder(recipe: str, settings: Sequence[str], out: str | Path | None) -> Path:
+    if out is None:
+        raise ConfigError("--resume needs the run's folder. Give it with --out DIR.")
+    given = [recipe, *settings] if recipe else list(settings)
+    if given:
+        raise ConfigError(
+            f"--resume goes on with the run's own configuration. Got {' '.join(given)!r}. "
+            "Leave it out, or start a new run in another folder."
+        )
+    return Path(out)
+
+
+def _evaluation_folder(model: str, split: str, variant: str) -> Path | None:
+    """Beside the checkpoints of a run; nowhere for other models."""
+    run = Path(model)
+    return run / "evaluations" / f"{split}-{variant}" if (run / "checkpoints").is_dir() else None
+
+
+def _open_predictor(folder: Path, variant: str) -> "Predictor":
+    """Open the ONNX variant without torch, or what else is asked for with it."""
+    from fieldmark.packaging.manifest import open_package
+    from fieldmark.serving.predictor import Predictor, open_predictor
+
+    package = open_package(folder)
+    if variant in ("auto", "onnx") and "onnx" in package.manifest.variants or variant == "onnx":
+        return open_predictor(folder)
+    try:
+        require("torch", "train", f"predicting with variant {variant!r}")
+    except MissingDependency:
+        if variant == "auto":
+            raise PackageError(
+                f"{folder} must have an ONNX variant to predict without torch. It has none. "
+                f"Where it was trained, run: fieldmark export {folder}."
+            ) from None
+        raise
+    from fieldmark.evaluation.backends import open_backend
+    from fieldmark.packaging.resolve import resolve_model
+
+    resolved = resolve_model(str(folder))
+    return Predictor(
+        predict=open_backend(resolved, "torch" if variant == "auto" else variant),
+        preprocess=package.preprocess,
+        class_names=package.class_names,
+        class_descriptions=package.class_descriptions,
+        model_id=package.id,
+    )

@@ -1,0 +1,1 @@
+"""A package answers: for files, and over HTTP. Torch-free."""

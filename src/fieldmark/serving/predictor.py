@@ -1,0 +1,119 @@
+"""A model with its preprocessing and its class names: encoded bytes -> ranked predictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fieldmark.errors import CheckFailed, ModelError
+from fieldmark.measure import Predict, softmax
+from fieldmark.packaging.golden import check_golden
+from fieldmark.packaging.load import open_onnx
+from fieldmark.packaging.manifest import open_package
+from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
+from fieldmark.runtime import log
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One class and its probability."""
+
+    class_name: str
+    probability: float  # 0 to 1; over all classes of an image they sum to 1
+    description: str = ""  # empty: the package has none
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """Everything that an answer needs. Safe to share between threads if `predict` is."""
+
+    predict: Predict
+    preprocess: Preprocess
+    class_names: tuple[str, ...]  # in the order of the logits
+    class_descriptions: tuple[str, ...]  # of the same length, empty where there is none
+    model_id: str
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the model tells apart."""
+        return len(self.class_names)
+
+    def decode(
+        self,
+        encoded: bytes,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        formats: Sequence[str] = FORMATS,
+    ) -> Pixels:
+        """Return an encoded image as the model's input, uint8 (H, W, 3), or raise ImageError."""
+        return self.preprocess(encoded, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats)
+
+    def classify_pixels(self, pixels: Pixels, top_k: int | None = None) -> list[list[Prediction]]:
+        """Return for each image its `top_k` classes (None: all), the likeliest first.
+
+        Equal logits keep the order of the classes.
+
+        Args:
+            pixels: uint8 (B, H, W, 3), as `decode` returns them, stacked.
+
+        Raises:
+            ModelError: the model gives NaN, infinity, or another number of outputs.
+        """
+        logits = self.predict(pixels)
+        expected = (len(pixels), self.num_classes)
+        if logits.shape != expected:
+            raise ModelError(
+                f"the model's output must have the shape {expected}. Got {logits.shape}. "
+                "Export the package again."
+            )
+        if not np.isfinite(logits).all():
+            raise ModelError(
+                "the model's output must be finite. Got NaN or infinity. "
+                "Run: fieldmark verify PACKAGE."
+            )
+        probabilities = softmax(logits)
+        # By logit: two probabilities may both be rounded to 0 where the logits still differ.
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+        return [
+            [self._prediction(k, float(row[k])) for k in ranked]
+            for ranked, row in zip(order.tolist(), probabilities, strict=True)
+        ]
+
+    def _prediction(self, k: int, probability: float) -> Prediction:
+        return Prediction(self.class_names[k], probability, self.class_descriptions[k])
+
+
+def open_predictor(
+    package_path: str | Path, variant: str = "onnx", threads: int = 0, check: bool = True
+) -> Predictor:
+    """Return the predictor of a package, once its golden samples give what was recorded.
+
+    Args:
+        variant: an ONNX variant of the package.
+        threads: of the model; 0: as many as this process may use.
+        check: whether to run the golden samples. A package without any is opened with a note.
+
+    Raises:
+        PackageError: the folder is not a package, or is damaged.
+        CheckFailed: this machine does not repeat the recorded answers.
+    """
+    package = open_package(package_path)
+    predict = open_onnx(package, variant, threads)
+    if check and package.manifest.golden.count:
+        result = check_golden(package, predict)
+        if not result.passed:
+            raise CheckFailed(
+                f"variant {variant!r} of {package_path} must repeat its golden samples. "
+                f"{' '.join(result.problems())} Run: fieldmark verify {package_path}."
+            )
+    elif check:
+        log.warn(f"{package_path} has no golden samples, so its answers were not checked here.")
+    return Predictor(
+        predict=predict,
+        preprocess=package.preprocess,
+        class_names=package.class_names,
+        class_descriptions=package.class_descriptions,
+        model_id=package.id,
+    )

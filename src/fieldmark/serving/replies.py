@@ -1,0 +1,140 @@
+"""What the service answers: the bodies, and the one door through which every error leaves."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from fieldmark.errors import FieldmarkError, ImageError
+from fieldmark.serving.predictor import Prediction
+
+SHOWN_CHARACTERS = 80  # of what a client sent, when an error repeats it
+
+
+class RequestError(FieldmarkError):
+    """A request that cannot be answered as it is, or not now."""
+
+
+class BadQuery(RequestError):
+    """A query parameter that does not exist, is given twice, or is out of range."""
+
+    code = "bad_query"
+    http_status = 400
+
+
+class Busy(RequestError):
+    """More requests are waiting than the service lets wait."""
+
+    code = "busy"
+    http_status = 429
+
+
+class NotReady(RequestError):
+    """The model is still being loaded and checked."""
+
+    code = "not_ready"
+    http_status = 503
+
+
+class PredictionBody(BaseModel):
+    """One class and its probability."""
+
+    class_name: str
+    description: str | None = Field(None, description="Absent if the package has none.")
+    probability: float = Field(ge=0, le=1)
+
+
+class ClassifyBody(BaseModel):
+    """The answer for one image."""
+
+    model: str = Field(description="Id of the package: the SHA-256 of its manifest.")
+    preprocessing: str = Field(description="SHA-256 of the preprocessing's specification.")
+    predictions: list[PredictionBody] = Field(description="The likeliest first.")
+
+
+class AliveBody(BaseModel):
+    """The process answers."""
+
+    status: str = "alive"
+
+
+class ReadyBody(BaseModel):
+    """The model is loaded and passed its golden samples."""
+
+    status: str = "ready"
+    model: str
+    preprocessing: str
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="For machines: it does not change.")
+    message: str = Field(description="For people: what must be, what was found, what to do.")
+
+
+class ErrorBody(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorDetail
+
+
+def to_body(prediction: Prediction) -> PredictionBody:
+    """Return a prediction as it is sent."""
+    return PredictionBody(
+        class_name=prediction.class_name,
+        description=prediction.description or None,
+        probability=prediction.probability,
+    )
+
+
+def shown(value: object) -> str:
+    """Return what a client sent as short printable ASCII in quotes."""
+    return ascii(str(value)[:SHOWN_CHARACTERS])
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make every error of `app` an ErrorBody, without paths or tracebacks of this machine."""
+
+    @app.exception_handler(ImageError)
+    @app.exception_handler(RequestError)
+    async def explain(_: Request, error: FieldmarkError) -> JSONResponse:
+        return _reply(error.http_status, error.code, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        message = f"{first['loc'][-1]}: {first['msg']}. Got {shown(first.get('input'))}."
+        return _reply(BadQuery.http_status, BadQuery.code, message)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers or {})
+        path = shown(request.url.path)
+        if error.status_code == 404:
+            return _reply(404, "not_found", f"path {path} does not exist. See /docs.", headers)
+        if error.status_code == 405:
+            message = (
+                f"method for {path} must be {headers.get('Allow', 'another')}. "
+                f"Got {shown(request.method)}."
+            )
+            return _reply(405, "method_not_allowed", message, headers)
+        return _reply(error.status_code, "http_error", str(error.detail), headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return _reply(400, "client_disconnected", "the body must arrive completely. It did not.")
+
+    # The server's log gets the traceback; the client must not.
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return _reply(500, "internal", "the service failed. The cause is in its log.")
+
+
+def _reply(
+    status: int, code: str, message: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    body = ErrorBody(error=ErrorDetail(code=code, message=message))
+    return JSONResponse(body.model_dump(), status, headers)

@@ -1,0 +1,268 @@
+"""What training starts from: the network with its weights, the preprocessing, the batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fieldmark.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from fieldmark.data.loader import FileBatches
+from fieldmark.data.resident import ResidentBatches, fits_resident, load_resident
+from fieldmark.data.source import Split
+from fieldmark.errors import ConfigError, DataError, ImageError, ModelError
+from fieldmark.model import (
+    Architecture,
+    adapt_architecture,
+    build,
+    check_image_size,
+    freeze_backbone,
+)
+from fieldmark.packaging.resolve import ResolvedModel
+from fieldmark.preprocess import Preprocess
+from fieldmark.runtime.log import say, warn
+from fieldmark.runtime.seed import derive_seed
+from fieldmark.training.session import Batches
+
+NORMALISATION_SAMPLE = 2_000  # images whose pixels the normalisation is measured on, when on disk
+WHITENING_SAMPLE = 5_000
+_DEFAULT_PX = 224
+_SMALL_PX = 64
+
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainImages:
+    """The train split as it will be read, with the preprocessing that goes with it."""
+
+    preprocess: Preprocess
+    split: Split
+    pixels: npt.NDArray[np.uint8] | None  # (N, H, W, 3) when resident
+    labels: npt.NDArray[np.int64] | None  # those of `pixels`: broken images are left out
+
+
+def load_train_images(
+    split: Split,
+    *,
+    data: DataConfig,
+    augment: AugmentConfig,
+    model: ModelConfig,
+    evaluation: EvalConfig,
+    pretrained: ResolvedModel | None,
+    decide: Callable[[str, object, str], object],
+) -> TrainImages:
+    """Decide size, normalisation and storage, and decode the images where they fit in memory."""
+    native_px = _native_px(split)
+    spec = _spec_without_normalisation(model, evaluation, pretrained, native_px)
+    resident = fits_resident(split, spec, augment, data)
+    decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
+    pixels = labels = None
+    if resident:
+        pixels, labels, broken = load_resident(split, spec, data.max_resident_mb * 2**20)
+        report_broken(broken, len(split), data.max_broken_frac)
+    if pretrained is None:
+        sample = pixels if pixels is not None else _sample_pixels(split, spec)
+        measured = decide("normalisation", measure_normalisation(sample), "of the train images")
+        mean, std = (tuple(values) for values in measured)  # type: ignore[attr-defined]
+        spec = spec.model_copy(update={"mean": mean, "std": std})
+    return TrainImages(spec, split, pixels, labels)
+
+
+def make_network(
+    config: ModelConfig,
+    *,
+    pretrained: ResolvedModel | None,
+    class_names: tuple[str, ...],
+    image_px: int,
+    seed: int,
+) -> tuple[nn.Module, Architecture]:
+    """Return the network to train and what rebuilds it; says how a stem was adapted.
+
+    Raises:
+        ModelError: architecture, weights and input size do not fit each other.
+    """
+    num_classes = len(class_names)
+    args = dict(config.args)
+    for name in ("drop_rate", "drop_path_rate"):
+        if getattr(config, name):
+            args[name] = getattr(config, name)
+    torch.manual_seed(derive_seed(seed, "initialisation"))
+    if pretrained is None:
+        wanted = Architecture(config.arch, num_classes, args)
+        architecture, note = adapt_architecture(wanted, image_px, config.small_input)
+        if note:
+            say(note)
+        network = build(architecture)
+    else:
+        architecture = _pretrained_architecture(config, pretrained, num_classes, args, image_px)
+        network = build(architecture, pretrained.weights)
+        if pretrained.class_names == class_names:
+            say(f"the head of {pretrained.name} is kept: its classes are the same")
+        else:
+            network.reset_classifier(num_classes)  # type: ignore[operator]
+            say(f"{pretrained.name} gets a new head for {num_classes} classes")
+    check_image_size(network, image_px)
+    if config.freeze == "backbone":
+        freeze_backbone(network)
+    return network, architecture
+
+
+def make_batches(
+    images: TrainImages,
+    *,
+    network: nn.Module,
+    data: DataConfig,
+    augment: AugmentConfig,
+    train: TrainConfig,
+    num_classes: int,
+    device: torch.device,
+) -> Batches:
+    """Return training batches from memory or from files; whitens a network that asks for it."""
+    initialise = getattr(network, "init_from_images", None)
+    if initialise is not None:
+        initialise(_normalised_sample(images))
+    if images.pixels is not None and images.labels is not None:
+        return ResidentBatches(
+            images.pixels,
+            images.labels,
+            augment=augment,
+            mean=images.preprocess.mean,
+            std=images.preprocess.std,
+            batch_size=train.batch_size,
+            accumulation_steps=train.accumulation_steps,
+            seed=train.seed,
+            num_classes=num_classes,
+            device=device,
+            channels_last=train.channels_last,
+        )
+    return FileBatches(
+        images.split,
+        images.preprocess,
+        augment=augment,
+        batch_size=train.batch_size,
+        accumulation_steps=train.accumulation_steps,
+        seed=train.seed,
+        num_classes=num_classes,
+        num_workers=data.num_workers,
+        max_broken_frac=data.max_broken_frac,
+        on_broken=lambda name, reason: warn(f"skipped {name}: {reason}"),
+        device=device,
+        channels_last=train.channels_last,
+    )
+
+
+def measure_normalisation(pixels: npt.NDArray[np.uint8]) -> Normalisation:
+    """Return mean and std of each channel of uint8 (N, H, W, 3), as fractions, to 4 decimals."""
+    count = np.zeros(3)
+    total, squares = np.zeros(3), np.zeros(3)
+    for chunk in np.array_split(pixels, max(1, len(pixels) // 2_000)):
+        flat = chunk.reshape(-1, 3).astype(np.float64) / 255.0
+        total += flat.sum(axis=0)
+        squares += np.square(flat).sum(axis=0)
+        count += len(flat)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    std = np.maximum(std, 1 / 255)  # a constant channel would be divided by zero
+    return _triple(mean), _triple(std)
+
+
+def report_broken(broken: list[tuple[str, str]], total: int, max_frac: float) -> None:
+    """Name the images that were left out of training; too many are an error.
+
+    Raises:
+        DataError: the share of broken images is above data.max_broken_frac.
+    """
+    for name, reason in broken[:20]:
+        warn(f"skipped {name}: {reason}")
+    if len(broken) > 20:
+        warn(f"skipped {len(broken) - 20} more broken images")
+    if len(broken) > max_frac * total:
+        raise DataError(
+            f"at most {max_frac:.1%} of the train images may be broken (data.max_broken_frac). "
+            f"Got {len(broken)} of {total}, the first {broken[0][0]!r}."
+        )
+
+
+def _triple(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    a, b, c = (round(float(value), 4) for value in values)
+    return a, b, c
+
+
+def _native_px(split: Split) -> int:
+    """The larger side of the first readable image; 0 when none of the first few can be read."""
+    for index in range(min(10, len(split))):
+        try:
+            return max(split.images.image(index).size)
+        except ImageError:
+            continue
+    return 0
+
+
+def _spec_without_normalisation(
+    model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel | None, native_px: int
+) -> Preprocess:
+    """The spec with the weights' normalisation, or with a placeholder still to be measured."""
+    if pretrained is not None:
+        spec = pretrained.preprocess
+    else:
+        px = native_px if 0 < native_px <= _SMALL_PX else _DEFAULT_PX
+        spec = Preprocess(height_px=px, width_px=px, mean=(0, 0, 0), std=(1, 1, 1))
+    changes: dict[str, object] = {"scaled_decoding": evaluation.scaled_decoding}
+    if model.image_px:
+        changes |= {"height_px": model.image_px, "width_px": model.image_px}
+    if evaluation.crop_frac:
+        changes["crop_frac"] = evaluation.crop_frac
+    if evaluation.interpolation != "auto":
+        changes["interpolation"] = evaluation.interpolation
+    return spec.model_copy(update=changes)
+
+
+def _sample_pixels(split: Split, spec: Preprocess) -> npt.NDArray[np.uint8]:
+    rng = np.random.default_rng(derive_seed("normalisation"))
+    chosen = rng.permutation(len(split))[:NORMALISATION_SAMPLE]
+    sample = split.subset(np.sort(chosen), split.name)
+    pixels, _, _ = load_resident(sample, spec, len(sample) * spec.height_px * spec.width_px * 3)
+    return pixels
+
+
+def _normalised_sample(images: TrainImages) -> torch.Tensor:
+    pixels = images.pixels
+    if pixels is None:
+        pixels = _sample_pixels(images.split, images.preprocess)
+    x_BHWC = torch.from_numpy(pixels[:WHITENING_SAMPLE].astype(np.float32)) / 255.0
+    mean, std = torch.tensor(images.preprocess.mean), torch.tensor(images.preprocess.std)
+    return ((x_BHWC - mean) / std).permute(0, 3, 1, 2)
+
+
+def _pretrained_architecture(
+    config: ModelConfig,
+    pretrained: ResolvedModel,
+    num_classes: int,
+    args: dict[str, object],
+    image_px: int,
+) -> Architecture:
+    name = pretrained.architecture.name
+    if config.arch and config.arch != name:
+        raise ConfigError(
+            f"model.arch must be that of model.pretrained, {name!r}. Got {config.arch!r}. "
+            "Leave model.arch empty."
+        )
+    if config.small_input == "always":
+        raise ModelError(
+            f"model.small_input=always would replace the stem that {pretrained.name} was trained "
+            "with. Set model.small_input=auto, or train without model.pretrained."
+        )
+    merged = {**pretrained.architecture.args, **args}
+    if image_px != pretrained.preprocess.height_px and _takes_img_size(name):
+        merged["img_size"] = image_px  # position embeddings are resampled to it
+    return Architecture(name, num_classes, merged)
+
+
+def _takes_img_size(name: str) -> bool:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    return bool(cfg is not None and cfg.fixed_input_size)

@@ -1,0 +1,196 @@
+"""The folder of a run: configuration, environment, decisions, metrics, checkpoints, package."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+
+from fieldmark.config import RunConfig
+from fieldmark.config.load import from_json
+from fieldmark.errors import RunError
+from fieldmark.runtime.cpu import cpu_name, instruction_set
+from fieldmark.runtime.files import read_json, write_atomic, write_json
+
+T = TypeVar("T")
+_LIBRARIES = ("fieldmark", "torch", "torchvision", "timm", "numpy", "pillow")
+
+
+class RunFolder:
+    """One run on disk, locked by this process until the `with` block ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _lock(path)
+        decisions = _read_lines(path / "decisions.jsonl")
+        self._decisions = {line["kind"]: line for line in decisions}
+        if decisions:  # a kill may have left half a line, to which the next would be glued
+            write_atomic(path / "decisions.jsonl", _to_text(decisions))
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Make a new run; an existing folder that is not empty is refused.
+
+        Raises:
+            RunError: the folder exists; the message says how to resume.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"--out {path} must not exist yet. Resume with: fieldmark train --resume "
+                f"--out {path}, or choose another folder."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.checkpoints.mkdir(exist_ok=True)
+        write_json(path / "config.json", config.model_dump(mode="json"))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run to go on with it.
+
+        Raises:
+            RunError: there is no run, or another process holds it.
+        """
+        if not (path / "config.json").is_file():
+            raise RunError(f"{path} must be a run to resume. Found no config.json in it.")
+        run = cls(path)
+        run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def package(self) -> Path:
+        """The folder of the package that training ends with."""
+        return self.path / "package"
+
+    def config(self) -> RunConfig:
+        """Return the configuration the run was started with."""
+        return from_json(read_json(self.path / "config.json"))
+
+    def decide(self, kind: str, value: T, why: str) -> T:
+        """Return what was decided of `kind` the first time, recording it if it is new."""
+        known = self._decisions.get(kind)
+        if known is not None:
+            decided: T = known["value"]
+            return decided
+        line = {"kind": kind, "value": value, "why": why}
+        self._decisions[kind] = line
+        _append_lines(self.path / "decisions.jsonl", [line])
+        return value
+
+    def check_environment(self, environment: dict[str, Any]) -> list[str]:
+        """Record the environment the first time; later return what differs, as sentences."""
+        path = self.path / "environment.json"
+        if not path.exists():
+            write_json(path, environment)
+            return []
+        before = read_json(path)
+        return [
+            f"{key} was {before.get(key)!r} and is {environment.get(key)!r}"
+            for key in sorted({*before, *environment})
+            if before.get(key) != environment.get(key)
+        ]
+
+    def append_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines to metrics.jsonl and flush them to the disk."""
+        _append_lines(self.path / "metrics.jsonl", lines)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all whole lines of metrics.jsonl."""
+        return _read_lines(self.path / "metrics.jsonl")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines after update `step`: a killed run wrote them and they will come again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in _read_lines(path) if line["step"] <= step]
+            write_atomic(path, _to_text(kept))
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+
+def describe_environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """Return the facts that can change a bit of the result."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "machine": platform.node(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": cpu_name(),
+        "instruction_set": instruction_set(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": threads,
+        "ranks": 1,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def default_folder(name: str) -> Path:
+    """Return the first of runs/NAME, runs/NAME-2, ... that does not exist."""
+    base = Path("runs")
+    path, number = base / name, 1
+    while path.exists():
+        number += 1
+        path = base / f"{name}-{number}"
+    return path
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold the folder for this process, and this process alone.
+
+    A POSIX record lock, because worker processes do not inherit it: after a kill they may
+    outlive the trainer by seconds, and must not keep the run from being resumed.
+    """
+    file = (path / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunError(f"{path} is in use by {holder}. Wait for it, or stop it.") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+    file.flush()
+    return file
+
+
+def _append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    with path.open("ab") as file:
+        file.write(_to_text(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_text(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_bytes().split(b"\n")[:-1]:  # the last piece is empty, or cut short
+        lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,65 @@
+"""How long a run is, and its learning rate: pure functions of the update."""
+
+import math
+
+from fieldmark.config import ScheduleConfig, TrainConfig
+from fieldmark.errors import ConfigError
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Return the number of updates that the configured epochs, steps or examples come to."""
+    if config.steps:
+        return config.steps
+    if config.examples:
+        steps = config.examples // config.batch_size
+    else:
+        steps = round(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise ConfigError(
+            f"training must last at least one update of train.batch_size={config.batch_size}. "
+            "Got less. Raise train.epochs or lower train.batch_size."
+        )
+    return steps
+
+
+def warmup_steps(
+    config: ScheduleConfig, *, total: int, steps_per_epoch: int, batch_size: int
+) -> int:
+    """Return the number of warm-up updates, converted from whichever unit is given.
+
+    Raises:
+        ConfigError: the warm-up would be as long as the whole run.
+    """
+    if config.warmup_epochs:
+        steps = round(config.warmup_epochs * steps_per_epoch)
+    elif config.warmup_examples:
+        steps = config.warmup_examples // batch_size
+    elif config.warmup_frac:
+        steps = round(config.warmup_frac * total)
+    else:
+        steps = config.warmup_steps
+    if steps >= total and steps > 0:
+        raise ConfigError(
+            f"warm-up must be shorter than the run of {total} updates. Got {steps}. "
+            "Lower schedule.warmup_epochs (or its other units), or train longer."
+        )
+    return steps
+
+
+def lr_factor(config: ScheduleConfig, step: int, *, total: int, warmup: int) -> float:
+    """Return the rate of update `step` (0 for the first) as a multiple of optim.lr.
+
+    Warm-up is linear from `warmup_start_factor` to 1 over `warmup` updates. Then, with t the
+    fraction of the remaining updates already made: cosine, end + (1 - end) (1 + cos(pi t)) / 2
+    (Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5); linear, 1 - (1 - end) t; constant.
+    """
+    if step < warmup:
+        start = config.warmup_start_factor
+        return start + (1 - start) * step / warmup
+    t = min(1.0, (step - warmup) / max(1, total - warmup))
+    end = config.end_factor
+    if config.name == "cosine":
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * t))
+    if config.name == "linear":
+        return 1 - (1 - end) * t
+    return 1.0

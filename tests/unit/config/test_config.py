@@ -1,0 +1,127 @@
+"""Recipe < file < section.key=value, and one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fieldmark.config import RunConfig, load_toml, override
+from fieldmark.cookbook import RECIPES, find_recipe, load_recipe
+from fieldmark.errors import ConfigError, UnknownName
+
+BASE = find_recipe("cifar10-resnet18")
+
+
+def test_values_are_read_as_toml_and_text_is_text() -> None:
+    found = override(
+        BASE,
+        [
+            "train.epochs=2",
+            "optim.nesterov=true",
+            "model.args.widths=[8, 8, 16]",
+            "data.source=hf:../data",
+            "eval.crop_frac=0.5",
+        ],
+    )
+    assert found.train.epochs == 2
+    assert found.optim.nesterov is True
+    assert found.model.args == {"widths": [8, 8, 16]}
+    assert found.data.source == "hf:../data"
+    assert BASE.train.epochs == 200
+
+
+def test_a_table_keeps_its_other_keys() -> None:
+    both = override(override(BASE, ["model.args.a=1"]), ["model.args.b=2"])
+    assert both.model.args == {"a": 1, "b": 2}
+
+
+def test_setting_one_unit_clears_the_others() -> None:
+    steps = override(BASE, ["train.steps=10", "schedule.warmup_frac=0.1"])
+    assert (steps.train.steps, steps.train.epochs) == (10, 0)
+    epochs = override(steps, ["schedule.warmup_epochs=0.5"])
+    assert (epochs.schedule.warmup_epochs, epochs.schedule.warmup_frac) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.lrr=1", "config key 'optim.lrr' does not exist. Did you mean 'optim.lr'?"),
+        ("optm.lr=1", "config section 'optm' does not exist. Did you mean 'optim'?"),
+        ("optim.lr=-1", "optim.lr: Input should be greater than 0. Got -1."),
+        ("train.epochs", "a setting must be section.key=value. Got 'train.epochs'."),
+        ("train.precision=fp8", "train.precision: Input should be 'float32'"),
+        ("train.accumulation_steps=3", "multiple of train.accumulation_steps"),
+        ("data.val_frac=0.9", "data.val_frac: Input should be less than or equal to 0.5"),
+        ("train.epochs=nan", "train.epochs"),
+        ("optim=3", "a setting must be section.key=value"),
+    ],
+)
+def test_a_mistake_is_one_sentence(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(BASE, [setting])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.steps=1", "train.epochs=1"],
+        ["schedule.warmup_steps=1", "schedule.warmup_epochs=1"],
+        ["train.early_stop_epochs=2", "data.val_frac=0"],
+        ["data.storage=resident", "augment.resized_crop=true"],
+        ["model.arch=", "model.pretrained="],
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(settings: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        override(BASE, settings)
+
+
+def test_a_config_is_frozen_and_its_json_reloads_equal() -> None:
+    with pytest.raises(ValidationError):
+        BASE.train.epochs = 1  # type: ignore[misc]
+    assert RunConfig.model_validate_json(BASE.model_dump_json()) == BASE
+
+
+def test_a_file_stands_between_recipe_and_settings(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('recipe = "cifar10-resnet18"\n[train]\nepochs = 3\nseed = 5\n')
+    found = load_recipe(str(file), ["train.seed=7"])
+    assert (found.train.epochs, found.train.seed, found.optim.lr) == (3, 7, 0.1)
+    assert found.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train", "must be a readable TOML file"),
+        ("[trian]\nepochs=1", "config section 'trian' does not exist. Did you mean 'train'?"),
+        ("train = 3", "config section 'train' must be a table. Got 3."),
+        ("[data]\nsource='x'", "must be set"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="."):
+        load_toml(file)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(file))
+    assert message in str(caught.value)
+
+
+def test_unknown_recipes_and_files_are_named() -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'cifar10-resnet18'"):
+        load_recipe("cifar10-resnet-18")
+    with pytest.raises(ConfigError, match="It does not exist"):
+        load_recipe("nowhere.toml")
+    with pytest.raises(ConfigError, match="fieldmark recipes"):
+        load_recipe("")
+
+
+def test_a_name_is_registered_once() -> None:
+    from fieldmark.cookbook.registry import recipe
+
+    with pytest.raises(ValueError, match="already defined"):
+        recipe("digits")(RECIPES["digits"].build)

@@ -1,0 +1,56 @@
+"""One small network, really packaged and exported once; each test gets its own copy."""
+
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for packaging_data, beside this file
+
+from packaging_data import CLASS_NAMES, SIDE_PX, SPEC, Made, make_network, write_falcons
+
+from fieldmark.model import InferenceModule, eager_predict
+from fieldmark.packaging.export import OPSET, export_onnx, export_torchscript
+from fieldmark.packaging.golden import make_golden, synthetic_images
+from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.write import add_variant
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    module = InferenceModule(make_network(), SPEC.mean, SPEC.std)
+    eager = eager_predict(module)
+    golden = make_golden(synthetic_images(6, seed=7), SPEC, eager, CLASS_NAMES)
+    folder = tmp_path_factory.mktemp("made") / "package"
+    write_falcons(folder, module, golden, training={"seed": 3}, license="apache-2.0")
+    onnx = export_onnx(module, SIDE_PX, SIDE_PX)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a deprecation must not reach the user from here
+        torchscript = export_torchscript(module, SIDE_PX, SIDE_PX)
+    add_variant(folder, "onnx", onnx, kind="onnx", opset=OPSET)
+    add_variant(folder, "torchscript", torchscript, kind="torchscript")
+    return Made(module, eager, golden, onnx, torchscript, folder)
+
+
+@pytest.fixture
+def folder(made: Made, tmp_path: Path) -> Path:
+    """A package of the test's own, free to be damaged."""
+    return Path(shutil.copytree(made.folder, tmp_path / "package"))
+
+
+@pytest.fixture
+def package(folder: Path) -> Package:
+    return open_package(folder)
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[tuple[np.ndarray, np.ndarray]]:
+    """60 images in three batches, the last one smaller, with labels."""
+    rng = np.random.default_rng(1)
+    coarse = rng.integers(0, 256, size=(60, 4, 4, 3), dtype=np.uint8)
+    images = coarse.repeat(8, axis=1).repeat(8, axis=2)
+    labels = rng.integers(0, len(CLASS_NAMES), size=60)
+    return [(images[i : i + 25], labels[i : i + 25]) for i in (0, 25, 50)]

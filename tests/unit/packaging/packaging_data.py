@@ -1,0 +1,79 @@
+"""A small network, its package, and ways to damage one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from fieldmark.measure import Predict
+from fieldmark.model import Architecture, InferenceModule
+from fieldmark.packaging.golden import GoldenSamples
+from fieldmark.packaging.manifest import Package
+from fieldmark.packaging.write import write_package
+from fieldmark.preprocess import Preprocess
+from fieldmark.runtime.files import sha256_bytes
+
+SIDE_PX = 32
+CLASS_NAMES = ("kestrel", "merlin", "hobby", "peregrine", "osprey")
+SPEC = Preprocess(
+    height_px=SIDE_PX,
+    width_px=SIDE_PX,
+    crop_frac=0.875,
+    interpolation="bicubic",
+    mean=(0.49, 0.48, 0.44),
+    std=(0.25, 0.24, 0.26),
+)
+
+
+def make_network(name: str = "test_resnet", **args: Any) -> torch.nn.Module:
+    """A network whose answers differ from image to image, although it is not trained."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=len(CLASS_NAMES), **args).eval()
+    with torch.no_grad():
+        network.get_classifier().weight.mul_(30.0)
+    return network
+
+
+@dataclass(frozen=True)
+class Made:
+    """The parts a package was made of."""
+
+    module: InferenceModule
+    eager: Predict
+    golden: GoldenSamples
+    onnx: bytes
+    torchscript: bytes
+    folder: Path
+
+
+def write_falcons(
+    folder: Path, module: InferenceModule, golden: GoldenSamples, **more: Any
+) -> Package:
+    """Write a package of the class names and preprocessing above; `more` changes its parts."""
+    values: dict[str, Any] = {
+        "network": module.network,
+        "architecture": Architecture("test_resnet", len(CLASS_NAMES)),
+        "class_names": CLASS_NAMES,
+        "preprocess": SPEC,
+        "golden": golden,
+        "golden_kind": "synthetic",
+        "name": "falcons",
+    }
+    return write_package(folder, **(values | more))
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    """Change top-level keys of the manifest behind the package's back."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def put_file(folder: Path, relative: str, data: bytes) -> None:
+    """Replace a file and its checksum, as one would who forges a package."""
+    (folder / relative).write_bytes(data)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files[relative] = {"sha256": sha256_bytes(data), "bytes": len(data)}
+    edit_manifest(folder, files=files)

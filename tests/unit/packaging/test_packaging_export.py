@@ -1,0 +1,140 @@
+"""Exports of real networks: one file, any batch size, nothing of this machine in it."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from packaging_data import SPEC, Made, make_network
+from torch import Tensor, nn
+
+from fieldmark.errors import ModelError
+from fieldmark.model import InferenceModule
+from fieldmark.packaging.export import FORMATS, export_module, export_onnx, export_torchscript
+
+
+def _difference(data: bytes, module: nn.Module, side_px: int) -> float:
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for batch_size in (1, 2, 3, 7):
+        images = np.random.default_rng(batch_size).integers(
+            0, 256, size=(batch_size, side_px, side_px, 3), dtype=np.uint8
+        )
+        with torch.no_grad():
+            expected = module(torch.from_numpy(images)).numpy()
+        found = session.run(["logits"], {"images": images})[0]
+        largest = max(largest, float(np.abs(found - expected).max() / np.abs(expected).max()))
+    return largest
+
+
+def test_onnx_is_one_file_with_the_stated_ends(made: Made) -> None:
+    model = onnx.load_from_string(made.onnx)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    session = ort.InferenceSession(made.onnx, providers=["CPUExecutionProvider"])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == (
+        "images",
+        "tensor(uint8)",
+        ["batch", 32, 32, 3],
+    )
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 5])
+    assert _difference(made.onnx, made.module, 32) < 1e-5
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "torchscript"])
+def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: str) -> None:
+    data: bytes = getattr(made, format_name)
+    for trace in (b"site-packages", b"/home/", b"/work/", b".venv", b"stack_trace"):
+        assert trace not in data
+
+
+@pytest.mark.parametrize(
+    ("name", "side_px", "args"),
+    [
+        ("test_vit", 32, {"img_size": 32}),
+        pytest.param("test_efficientnet", 64, {}, marks=pytest.mark.slow),
+        pytest.param("test_convnext", 64, {}, marks=pytest.mark.slow),
+        pytest.param("resnet18", 64, {}, marks=pytest.mark.slow),
+        pytest.param("airnet", 32, {}, marks=pytest.mark.slow),
+        pytest.param("small_resnet18", 32, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_networks_agree_with_eager(name: str, side_px: int, args: dict[str, int]) -> None:
+    module = InferenceModule(make_network(name, **args), SPEC.mean, SPEC.std)
+    assert _difference(export_onnx(module, side_px, side_px), module, side_px) < 1e-5
+
+
+def test_sides_may_differ() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(2, 3))
+
+    module = InferenceModule(Mean(), SPEC.mean, SPEC.std)
+    for format_name in FORMATS:
+        export_module(module, format_name, 8, 24)
+
+
+class _FrozenBatch(nn.Module):
+    """Right for a batch of two, which is what exporters see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3)) / float(x.shape[0])
+
+
+class _Coin(nn.Module):
+    """Its path depends on a value, which no graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x.mean(dim=(2, 3))
+        return x.amax(dim=(2, 3))
+
+
+def test_a_batch_size_frozen_into_the_graph_is_an_error() -> None:
+    module = InferenceModule(_FrozenBatch(), SPEC.mean, SPEC.std)
+    with pytest.raises(ModelError, match="_FrozenBatch"):
+        export_torchscript(module, 8, 8)
+
+
+def test_an_onnx_graph_that_answers_differently_is_an_error() -> None:
+    class Training(nn.Module):
+        """Another answer each time it is called, as with dropout that stays on."""
+
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return x.mean(dim=(2, 3)) + float(type(self).calls)
+
+    module = InferenceModule(Training(), SPEC.mean, SPEC.std)
+    with pytest.raises(ModelError, match=r"Training in ONNX must give the logits"):
+        export_onnx(module, 8, 8)
+
+
+def test_a_network_that_cannot_be_exported_is_one_sentence() -> None:
+    module = InferenceModule(_Coin(), SPEC.mean, SPEC.std)
+    with pytest.raises(ModelError, match=r"_Coin cannot be exported to ONNX. \w+: ") as caught:
+        export_onnx(module, 8, 8)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def test_export_says_nothing_on_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :5]
+
+    export_onnx(InferenceModule(Flat(), SPEC.mean, SPEC.std), 8, 8)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_module_in_training_mode_is_exported_in_eval_mode(made: Made) -> None:
+    norm = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        norm[0].running_mean.fill_(0.5)
+    module = InferenceModule(norm, SPEC.mean, SPEC.std)
+    module.train()
+    data = export_onnx(module, 8, 8)
+    assert not module.training
+    assert _difference(data, module, 8) < 1e-5

@@ -1,0 +1,474 @@
+"""app.py: one image in, ranked classes out, and one shape for every error."""
+
+import asyncio
+import json
+import random
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import Future
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from fieldmark.errors import CheckFailed, ImageError
+from fieldmark.runtime.cpu import num_cores
+from fieldmark.serving.app import HTTP_FORMATS, Line, create_app
+from fieldmark.serving.replies import Busy
+
+URL = "/v1/classify"
+
+
+@pytest.fixture
+def client(make_predictor):
+    app = create_app(make_predictor(), max_body_bytes=100_000, max_pixels=250_000)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def assert_error(reply, status, code, *parts):
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    content = reply.json()
+    assert set(content) == {"error"}
+    assert set(content["error"]) == {"code", "message"}
+    assert content["error"]["code"] == code
+    for part in parts:
+        assert part in content["error"]["message"]
+    for leak in ("Traceback", "/site-packages", "/src/", ".py", " object at 0x"):
+        assert leak not in reply.text
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("format", HTTP_FORMATS)
+def test_classifies(client, make_predictor, encode, format):
+    reply = client.post(URL, content=encode("red", format))
+    assert reply.status_code == 200
+    answer = reply.json()
+    assert list(answer) == ["model", "preprocessing", "predictions"]
+    assert answer["model"] == "f" * 64
+    assert answer["preprocessing"] == make_predictor().preprocess.digest()
+    red, *others = answer["predictions"]  # three classes, so the default of 5 gives all
+    assert (red["class_name"], red["description"]) == ("red", "mostly red")
+    assert red["probability"] > 0.99
+    found = {item["class_name"]: item for item in others}
+    assert found["green"]["description"] == "mostly green"
+    assert set(found["blue"]) == {"class_name", "probability"}  # it has no description
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "image/gif", "application/json", None])
+def test_the_content_decides_not_the_content_type(client, encode, content_type):
+    headers = {"content-type": content_type} if content_type else {}
+    assert client.post(URL, content=encode("red", "JPEG"), headers=headers).status_code == 200
+    assert_error(
+        client.post(URL, content=b"GIF89a", headers={"content-type": "image/png"}),
+        422,
+        "bad_image",
+        "JPEG, PNG, WEBP",
+    )
+
+
+@pytest.mark.parametrize(("query", "expected"), [("?top_k=1", 1), ("?top_k=3", 3), ("", 3)])
+def test_top_k(client, encode, query, expected):
+    reply = client.post(URL + query, content=encode("blue"))
+    assert len(reply.json()["predictions"]) == expected
+    assert reply.json()["predictions"][0]["class_name"] == "blue"
+
+
+def test_default_top_k_is_five(make_predictor, encode):
+    ten = make_predictor(lambda pixels: np.zeros((len(pixels), 10), dtype=np.float32))
+    ten = type(ten)(ten.predict, ten.preprocess, tuple("abcdefghij"), ("",) * 10, "id")
+    reply = TestClient(create_app(ten)).post(URL, content=encode("red"))
+    assert [item["class_name"] for item in reply.json()["predictions"]] == list("abcde")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("query", "part"),
+    [
+        ("?top_k=0", "top_k"),
+        ("?top_k=-1", "top_k"),
+        ("?top_k=4", "top_k must be from 1 to 3. Got 4."),
+        ("?top_k=many", "'many'"),
+        ("?top_k=", "top_k"),
+        ("?top_k=" + "9" * 5000, "top_k"),
+        ("?top_k=1&top_k=2", "top_k must be given once"),
+        ("?topk=1", "'topk'"),
+        ("?top_k=1&%C3%A9%0A=1", r"\xe9\n"),
+    ],
+)
+def test_wrong_query(client, encode, query, part):
+    reply = client.post(URL + query, content=encode("red"))
+    assert_error(reply, 400, "bad_query", part)
+    assert len(reply.text) < 400
+
+
+def test_declared_size_is_refused_before_the_body_is_read(make_predictor):
+    app = create_app(make_predictor(), max_body_bytes=1000)
+    was_read, sent = [], []
+
+    async def receive():
+        was_read.append(True)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": URL,
+        "raw_path": URL.encode(),
+        "query_string": b"",
+        "headers": [(b"content-length", b"1001")],
+        "http_version": "1.1",
+    }
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_large"
+    assert not was_read
+
+
+def test_undeclared_size_is_counted_and_refused_at_the_first_byte_over(client, encode):
+    num_sent = 0
+
+    def chunks(total):
+        nonlocal num_sent
+        for _ in range(total // 1000):
+            num_sent += 1
+            yield bytes(1000)
+
+    assert_error(client.post(URL, content=chunks(100_000)), 422, "bad_image")
+    assert_error(client.post(URL, content=chunks(101_000)), 413, "body_too_large", "100000")
+
+
+def test_reading_stops_at_the_cap(make_predictor):
+    app = create_app(make_predictor(), max_body_bytes=1000)
+    num_read = 0
+
+    async def receive():
+        nonlocal num_read
+        num_read += 1
+        return {"type": "http.request", "body": bytes(300), "more_body": True}
+
+    async def send(message):
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": URL,
+        "raw_path": URL.encode(),
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    assert num_read == 4
+
+
+def test_body_of_exactly_the_cap_is_accepted(make_predictor, encode):
+    encoded = encode("red")
+    app = create_app(make_predictor(), max_body_bytes=len(encoded))
+    assert TestClient(app).post(URL, content=encoded).status_code == 200
+
+
+def chunk(name, content):
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
+
+
+def bomb(side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+
+
+def test_too_many_pixels(client, encode):
+    assert_error(client.post(URL, content=bomb(501)), 413, "image_too_large", "250000", "501 x 501")
+    assert_error(client.post(URL, content=bomb(2**31 - 1)), 413, "image_too_large")
+    strip = encode(Image.new("L", (1, 10_000)))
+    assert client.post(URL, content=strip).status_code == 200
+    wide = TestClient(create_app(make_wide()), raise_server_exceptions=False)
+    assert_error(wide.post(URL, content=strip), 413, "image_too_large")
+
+
+def make_wide():
+    from fieldmark.preprocess import Preprocess
+    from fieldmark.serving.predictor import Predictor
+
+    spec = Preprocess(height_px=224, width_px=224, mean=(0, 0, 0), std=(1, 1, 1))
+    return Predictor(lambda pixels: np.zeros((len(pixels), 1), np.float32), spec, ("a",), ("",), "")
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_refused(client, encode, format):
+    reply = client.post(URL, content=encode("red", format))
+    assert_error(reply, 422, "bad_image", "must be one of JPEG, PNG, WEBP. Got")
+
+
+def test_animated_gif_is_refused_and_the_first_frame_of_others_is_used(client, encode):
+    red, blue = Image.new("RGB", (24, 20), "red"), Image.new("RGB", (24, 20), "blue")
+    options = {"save_all": True, "append_images": [blue]}
+    assert_error(client.post(URL, content=encode(red, "GIF", **options)), 422, "bad_image")
+    for format in ("PNG", "WEBP"):
+        answer = client.post(URL, content=encode(red, format, **options)).json()
+        assert answer["predictions"][0]["class_name"] == "red"
+
+
+def hostile():
+    """Name -> bytes that are no image, or not a whole one."""
+    corpus = {
+        "empty": b"",
+        "one byte": b"\xff",
+        "text": b"hello " * 50,
+        "html": b"<!DOCTYPE html><img src=x onerror=alert(1)>",
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        "form": b'--b\r\nContent-Disposition: form-data; name="f"\r\n\r\n\xff\xd8\xff\r\n--b--',
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "psd": b"8BPS\0\1" + bytes(40),
+        "fits": b"SIMPLE  =                    T" + bytes(2880),
+        "zip": b"PK\3\4" + bytes(60),
+        "gzip": b"\x1f\x8b\x08" + bytes(60),
+        "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+        "jpeg start": b"\xff\xd8\xff",
+        "jpeg with nothing": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0\xff\xd9",
+        "png signature": b"\x89PNG\r\n\x1a\n",
+        "png with too few pixels": bomb(100),
+        "png text bomb": b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
+        + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(9_000_000))),
+        "riff of nothing": b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20),
+    }
+    draw = random.Random(0)
+    return corpus | {f"noise {n}": draw.randbytes(n) for n in (10, 1000, 50_000)}
+
+
+@pytest.mark.parametrize("name", sorted(hostile()))
+def test_hostile_bytes(client, name):
+    assert_error(client.post(URL, content=hostile()[name]), 422, "bad_image", "image must")
+
+
+@pytest.mark.parametrize("format", HTTP_FORMATS)
+def test_truncated_image(client, encode, format):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    encoded = encode(Image.fromarray(noise), format)
+    assert client.post(URL, content=encoded).status_code == 200
+    assert_error(client.post(URL, content=encoded[:-200]), 422, "bad_image", "image must")
+
+
+# --- every other error ---
+
+
+def test_unknown_path_and_method(client):
+    assert_error(client.get("/"), 404, "not_found", "'/'")
+    assert_error(client.get("/v1/classify/"), 404, "not_found")
+    long_path = client.get("/" + "x" * 5000)
+    assert_error(long_path, 404, "not_found")
+    assert len(long_path.text) < 400
+    reply = client.get(URL)
+    assert_error(reply, 405, "method_not_allowed", "POST", "'GET'")
+    assert reply.headers["allow"] == "POST"
+    assert_error(client.put("/livez"), 405, "method_not_allowed", "GET")
+
+
+@pytest.mark.parametrize("place", ["predict", "decode"])
+def test_a_failure_inside_says_nothing_of_the_inside(make_predictor, encode, place):
+    def fail(*_):
+        raise RuntimeError("secret at /home/someone/model.py")
+
+    predictor = make_predictor(fail)
+    if place == "decode":
+        object.__setattr__(predictor, "preprocess", fail)
+    client = TestClient(create_app(predictor), raise_server_exceptions=False)
+    for _ in range(2):
+        reply = client.post(URL, content=encode("red"))
+        assert_error(reply, 500, "internal")
+        assert "secret" not in reply.text
+
+
+def test_a_failing_model_says_nothing_of_the_inside(make_predictor, encode):
+    predictor = make_predictor(lambda pixels: np.full((len(pixels), 3), np.nan, np.float32))
+    client = TestClient(create_app(predictor), raise_server_exceptions=False)
+    assert_error(client.post(URL, content=encode("red")), 500, "internal")
+
+
+# --- readiness ---
+
+
+def test_ready_with_a_predictor(client, make_predictor):
+    assert client.get("/livez").json() == {"status": "alive"}
+    digest = make_predictor().preprocess.digest()
+    ready = {"status": "ready", "model": "f" * 64, "preprocessing": digest}
+    assert client.get("/readyz").json() == ready
+
+
+def test_not_ready_until_the_model_is_checked(make_predictor, encode):
+    pending = Future()
+    client = TestClient(create_app(pending), raise_server_exceptions=False)
+    assert client.get("/livez").status_code == 200
+    assert_error(client.get("/readyz"), 503, "not_ready")
+    assert_error(client.post(URL, content=encode("red")), 503, "not_ready")
+    pending.set_result(make_predictor())
+    assert client.get("/readyz").status_code == 200
+    assert client.post(URL, content=encode("red")).status_code == 200
+
+
+def test_never_ready_when_the_check_failed():
+    pending = Future()
+    pending.set_exception(CheckFailed("secret at /home/someone"))
+    client = TestClient(create_app(pending), raise_server_exceptions=False)
+    assert_error(client.get("/readyz"), 503, "not_ready")
+    assert "secret" not in client.get("/readyz").text
+
+
+# --- threads ---
+
+
+class Watched:
+    """A model and preprocessing that count how many run at a time, and in which threads."""
+
+    def __init__(self, predictor):
+        self._inner = predictor
+        self._lock = threading.Lock()
+        self._now = {"decode": 0, "predict": 0}
+        self.most = {"decode": 0, "predict": 0}
+        self.threads = set()
+        object.__setattr__(predictor, "predict", self._watch("predict", predictor.predict))
+        object.__setattr__(predictor, "preprocess", WatchedSpec(self, predictor.preprocess))
+
+    def _watch(self, name, function):
+        def watched(*args, **options):
+            with self._lock:
+                self._now[name] += 1
+                self.most[name] = max(self.most[name], self._now[name])
+                self.threads.add(threading.get_ident())
+            try:
+                time.sleep(0.002)
+                return function(*args, **options)
+            finally:
+                with self._lock:
+                    self._now[name] -= 1
+
+        return watched
+
+
+class WatchedSpec:
+    def __init__(self, watched, spec):
+        self._call = watched._watch("decode", spec)
+        self.digest = spec.digest
+
+    def __call__(self, *args, **options):
+        return self._call(*args, **options)
+
+
+def together(app, bodies):
+    """Send all at once; return the replies and the thread of the event loop."""
+
+    async def send_all():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await asyncio.gather(*(client.post(URL, content=body) for body in bodies))
+
+    return asyncio.run(send_all()), threading.get_ident()
+
+
+def test_concurrent_requests_get_the_answers_they_get_alone(make_predictor, encode):
+    draw = np.random.default_rng(1)
+    bodies = [
+        encode(Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)), format)
+        for format in HTTP_FORMATS * 8
+    ]
+    bodies[5] = b"broken"
+    alone = [TestClient(create_app(make_predictor())).post(URL, content=b) for b in bodies]
+    predictor = make_predictor()
+    watched = Watched(predictor)
+    replies, loop_thread = together(create_app(predictor), bodies)
+    assert [reply.json() for reply in replies] == [reply.json() for reply in alone]
+    assert len({reply.text for reply in replies}) == len(bodies)
+    assert [reply.status_code for reply in replies].count(422) == 1
+    assert watched.most["predict"] == 1
+    assert 1 <= watched.most["decode"] <= num_cores()
+    assert loop_thread not in watched.threads
+
+
+def test_the_event_loop_answers_while_the_model_works(make_predictor, encode):
+    release = threading.Event()
+
+    def slow(pixels):
+        assert release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    async def probe():
+        transport = httpx.ASGITransport(create_app(make_predictor(slow)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            work = asyncio.create_task(client.post(URL, content=encode("red")))
+            await asyncio.sleep(0.05)
+            alive = await asyncio.wait_for(client.get("/livez"), 5)
+            was_working = not work.done()
+            release.set()
+            return alive.status_code, was_working, (await work).status_code
+
+    assert asyncio.run(probe()) == (200, True, 200)
+
+
+def test_the_line_is_bounded_and_places_are_given_back(make_predictor, encode):
+    release = threading.Event()
+
+    def slow(pixels):
+        assert release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    predictor = make_predictor(slow)
+    limits = {"top_k": 1, "max_bytes": 10_000, "max_pixels": 10_000}
+
+    async def fill():
+        line = Line(num_decoders=1, max_inside=3)
+        inside = [
+            asyncio.create_task(line.classify(predictor, encode("red"), **limits)) for _ in range(3)
+        ]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy, match="at most 3"):
+            await line.classify(predictor, encode("red"), **limits)
+        release.set()
+        assert len(await asyncio.gather(*inside)) == 3
+        for _ in range(5):  # an error gives its place back too
+            with pytest.raises(ImageError):
+                await line.classify(predictor, b"broken", **limits)
+        assert await line.classify(predictor, encode("red"), **limits)
+
+    asyncio.run(fill())
+
+
+def test_too_many_at_once_are_refused_with_429(make_predictor, encode, monkeypatch):
+    monkeypatch.setattr(Line.__init__, "__defaults__", (2,))
+    replies, _ = together(create_app(make_predictor()), [encode("red")] * 6)
+    statuses = [reply.status_code for reply in replies]
+    assert set(statuses) == {200, 429}
+    assert_error(replies[statuses.index(429)], 429, "busy", "Retry")
+
+
+# --- described ---
+
+
+def test_openapi_describes_the_body_and_every_error(client):
+    schema = client.get("/openapi.json").json()
+    post = schema["paths"][URL]["post"]
+    content = post["requestBody"]["content"]
+    assert set(content) == {"image/jpeg", "image/png", "image/webp"}
+    assert all(item["schema"]["format"] == "binary" for item in content.values())
+    assert set(post["responses"]) == {"200", "400", "413", "422", "429", "500", "503"}
+    for status, response in post["responses"].items():
+        name = "ClassifyBody" if status == "200" else "ErrorBody"
+        reference = response["content"]["application/json"]["schema"]["$ref"]
+        assert reference == f"#/components/schemas/{name}"
+    assert [item["name"] for item in post["parameters"]] == ["top_k"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert client.get("/docs").status_code == 200

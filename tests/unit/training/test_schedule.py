@@ -1,0 +1,98 @@
+"""Schedules against their formulas and torch's own schedulers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fieldmark.config import ScheduleConfig, TrainConfig
+from fieldmark.errors import ConfigError
+from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
+
+
+def factors(config: ScheduleConfig, total: int, warmup: int) -> list[float]:
+    return [lr_factor(config, step, total=total, warmup=warmup) for step in range(total)]
+
+
+def test_cosine_is_the_textbook_formula_with_eta_min() -> None:
+    eta_max, eta_min, t_max = 0.1, 0.004, 200
+    config = ScheduleConfig(end_factor=eta_min / eta_max)
+    for t, factor in enumerate(factors(config, t_max, 0)):
+        expected = eta_min + 0.5 * (eta_max - eta_min) * (1 + math.cos(t / t_max * math.pi))
+        assert eta_max * factor == pytest.approx(expected)
+
+
+def test_warmup_and_cosine_equal_torch_s_sequential_schedulers() -> None:
+    total, warmup = 100, 5
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warmup),
+        ],
+        milestones=[warmup],
+    )
+    found = factors(ScheduleConfig(), total, warmup)
+    assert found[0] == pytest.approx(0.01)
+    for factor in found:
+        assert 0.1 * factor == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_linear_and_constant() -> None:
+    linear = ScheduleConfig(name="linear", end_factor=0.2, warmup_start_factor=0.5)
+    found = factors(linear, 10, 2)
+    assert found[:3] == pytest.approx([0.5, 0.75, 1.0])
+    assert lr_factor(linear, 10, total=10, warmup=2) == pytest.approx(0.2)
+    assert set(factors(ScheduleConfig(name="constant"), 5, 0)) == {1.0}
+
+
+@given(
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(1, 500),
+    st.floats(0, 0.9),
+    st.floats(0, 1),
+)
+def test_a_factor_is_between_the_ends_and_a_pure_function(
+    name: str, total: int, warmup_frac: float, end: float
+) -> None:
+    config = ScheduleConfig.model_validate({"name": name, "end_factor": end})
+    warmup = min(total - 1, round(warmup_frac * total))
+    found = factors(config, total, warmup)
+    assert found == factors(config, total, warmup)
+    assert all(min(0.01, end) - 1e-9 <= factor <= 1 + 1e-9 for factor in found)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [({"epochs": 2.5}, 50), ({"steps": 7}, 7), ({"examples": 1000}, 100)],
+)
+def test_a_duration_in_any_unit(duration: dict[str, float], steps: int) -> None:
+    config = TrainConfig.model_validate({"batch_size": 10, **duration})
+    assert total_steps(config, 20) == steps
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ({}, 0),
+        ({"warmup_epochs": 1.5}, 30),
+        ({"warmup_steps": 9}, 9),
+        ({"warmup_examples": 95}, 9),
+        ({"warmup_frac": 0.25}, 25),
+    ],
+)
+def test_a_warmup_in_any_unit(duration: dict[str, float], steps: int) -> None:
+    config = ScheduleConfig.model_validate(duration)
+    assert warmup_steps(config, total=100, steps_per_epoch=20, batch_size=10) == steps
+
+
+def test_impossible_durations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one update"):
+        total_steps(TrainConfig(epochs=0.01, batch_size=8), 10)
+    with pytest.raises(ConfigError, match="shorter than the run of 10 updates. Got 10"):
+        warmup_steps(ScheduleConfig(warmup_steps=10), total=10, steps_per_epoch=5, batch_size=1)
