@@ -33,7 +33,6 @@ EPOCHS = 5
 CHECKPOINT_STEPS = 6
 SETTINGS = [
     "model.arch=test_resnet",
-    "model.args={}",
     "model.image_px=32",
     "model.drop_path_rate=0.3",
     "model.drop_rate=0.2",

@@ -317,7 +317,7 @@ def test_pixel_cap_is_checked_before_decoding():
         decode(png(8_000, 8_000))
 
 
-@pytest.mark.parametrize("side", [12_000, 60_000, 2**31 - 1])
+@pytest.mark.parametrize("side", [12_000, 2**31 - 1])
 def test_bombs_are_refused_without_a_warning(side):
     script = (
         "import sys; from fieldmark.errors import ImageTooLarge; from fieldmark import preprocess\n"

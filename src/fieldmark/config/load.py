@@ -1,7 +1,7 @@
 """Recipe < file < section.key=value, validated as a whole each time."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,29 @@ from pydantic import ValidationError
 from fieldmark.config.schema import RunConfig, Section
 from fieldmark.errors import ConfigError, suggestion
 
+Change = tuple[str, tuple[str, ...], Any]
+"""Section, the path of keys in it, value."""
+
 
 def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
     """Return `config` with each "section.key=value" applied, validated as a whole.
 
     Values are TOML (numbers, true, false, lists, quoted text); anything else is taken as text.
-    Setting one unit of a duration (train.steps) clears the others (train.epochs).
+    Setting one unit of a duration (train.steps) clears the others (train.epochs), and another
+    model.arch or optim.name the arguments (model.args, optim.args) of the one before.
 
     Raises:
         ConfigError: a setting that is not section.key=value, an unknown key, or a bad value.
     """
-    changes: dict[str, dict[str, Any]] = {}
+    changes: list[Change] = []
     for setting in settings:
         path, equals, text = setting.partition("=")
-        section, dot, key = path.strip().partition(".")
-        if not (equals and dot and section and key):
+        section, *keys = path.strip().split(".")
+        if not (equals and section and keys and all(keys)):
             raise ConfigError(
                 f"a setting must be section.key=value. Got {setting!r}. Example: train.epochs=2."
             )
-        name, *rest = key.split(".")
-        target = changes.setdefault(section, {})
-        for part in rest:  # model.args.widths=[...] reaches into a table
-            target = target.setdefault(name, {})
-            name = part
-        target[name] = _parse(text.strip())
+        changes.append((section, tuple(keys), _parse(text.strip())))
     return _merged(config, changes)
 
 
@@ -48,10 +47,22 @@ def load_toml(path: Path, base: RunConfig | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} must be a readable TOML file. {error}.") from error
     content.pop("recipe", None)
+    for section, values in content.items():
+        _check_section(section)
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config section {section!r} must be a table. Got {values!r}.")
+        for key in values:
+            _check_key(section, key)
     if base is None:
-        _check_keys(content)
         return _validated(content)
-    return _merged(base, content)
+    return _merged(
+        base,
+        [
+            (section, (key,), value)
+            for section, keys in content.items()
+            for key, value in keys.items()
+        ],
+    )
 
 
 def from_json(content: Mapping[str, Any]) -> RunConfig:
@@ -59,43 +70,40 @@ def from_json(content: Mapping[str, Any]) -> RunConfig:
     return _validated(dict(content))
 
 
-def _merged(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    _check_keys(changes)
+def _merged(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
     merged = config.model_dump()
-    for section, values in changes.items():
-        if not isinstance(values, Mapping):
-            merged[section] = values
-            continue
-        for group in RunConfig.model_fields[section].annotation.units:  # type: ignore[union-attr]
-            if any(values.get(name) for name in group):
-                merged[section].update(dict.fromkeys(group, 0))
-        for key, value in values.items():
-            old = merged[section].get(key)
-            merges = isinstance(old, dict) and isinstance(value, Mapping)
-            merged[section][key] = {**old, **value} if merges else value
+    for section, keys, value in changes:
+        kind = _check_section(section)
+        _check_key(section, keys[0])
+        for name, nothing in kind.clears(keys[0]).items():
+            given = any((section, name) == (other, path[0]) for other, path, _ in changes)
+            if not given and merged[section][keys[0]] != value:
+                merged[section][name] = nothing
+        target = merged[section]
+        for key in keys[:-1]:  # model.args.widths=[...] reaches into a table
+            if not isinstance(target.get(key), dict):
+                raise ConfigError(f"{section}.{'.'.join(keys[:-1])} must be a table. It is not.")
+            target[key] = dict(target[key])
+            target = target[key]
+        target[keys[-1]] = value
     return _validated(merged)
 
 
-def _check_keys(changes: Mapping[str, Any]) -> None:
-    for section, values in changes.items():
-        field = RunConfig.model_fields.get(section)
-        if field is None:
-            known = [name for name in RunConfig.model_fields if name != "name"]
-            raise ConfigError(
-                f"config section {section!r} does not exist.{suggestion(section, known)}"
-            )
-        kind = field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
-            continue
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"config section {section!r} must be a table. Got {values!r}.")
-        for key in values:
-            if key not in kind.model_fields:
-                known = [f"{section}.{name}" for name in kind.model_fields]
-                raise ConfigError(
-                    f"config key '{section}.{key}' does not exist."
-                    f"{suggestion(f'{section}.{key}', known)}"
-                )
+def _check_section(section: str) -> type[Section]:
+    field = RunConfig.model_fields.get(section)
+    kind = field.annotation if field is not None else None
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        known = [name for name in RunConfig.model_fields if name != "name"]
+        raise ConfigError(f"config section {section!r} does not exist.{suggestion(section, known)}")
+    return kind
+
+
+def _check_key(section: str, key: str) -> None:
+    fields = _check_section(section).model_fields
+    if key not in fields:
+        known = [f"{section}.{name}" for name in fields]
+        near = suggestion(f"{section}.{key}", known)
+        raise ConfigError(f"config key '{section}.{key}' does not exist.{near}")
 
 
 def _validated(content: Mapping[str, Any]) -> RunConfig:

@@ -16,6 +16,14 @@ class Section(BaseModel):
 
     # Groups of keys that say the same thing in different units: setting one clears the others.
     units: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # A key that names something, and the key with that thing's own arguments.
+    arguments: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def clears(cls, key: str) -> dict[str, Any]:
+        """Return the keys that lose their meaning when `key` is set, with what empties them."""
+        others = {name: 0 for group in cls.units if key in group for name in group if name != key}
+        return others | ({cls.arguments[key]: {}} if key in cls.arguments else {})
 
     def _set_units(self, group: tuple[str, ...]) -> list[str]:
         return [name for name in group if getattr(self, name)]
@@ -52,6 +60,8 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """Which network, from which weights."""
 
+    arguments: ClassVar[dict[str, str]] = {"arch": "args"}
+
     arch: str = ""  # empty: the architecture of `pretrained`
     pretrained: str = (
         ""  # a tag of arch's, timm:NAME, local-dir:PATH, a package; empty: from scratch
@@ -79,6 +89,8 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     """How weights move. `name` is sgd, adamw, or any optimizer of timm.optim."""
+
+    arguments: ClassVar[dict[str, str]] = {"name": "args"}
 
     name: str = "sgd"
     lr: float = Field(gt=0)

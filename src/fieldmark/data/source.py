@@ -32,14 +32,14 @@ def open_source(spec: str, *, image_column: str = "", label_column: str = "") ->
     """
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
+        require("sklearn", "train", "data.source=digits")
         from fieldmark.data.source_arrays import open_digits
 
-        require("sklearn", "train", "data.source=digits")
         return open_digits()
     if spec in ("cifar10", "cifar100"):
+        require("torchvision", "train", f"data.source={spec}")
         from fieldmark.data.source_arrays import open_cifar
 
-        require("torchvision", "train", f"data.source={spec}")
         return open_cifar(spec)
     if kind in ("folder", "imagenet", "hf") and not rest:
         example = next(known for known in KINDS if known.startswith(kind))
@@ -53,9 +53,9 @@ def open_source(spec: str, *, image_column: str = "", label_column: str = "") ->
 
         return open_imagenet(_existing_folder(rest, spec), spec)
     if colon and kind == "hf":
+        require("datasets", "train", "a data.source that starts with hf:")
         from fieldmark.data.source_hf import open_hf
 
-        require("datasets", "train", "a data.source that starts with hf:")
         return open_hf(rest, spec, image_column=image_column, label_column=label_column)
     raise _unknown(spec, kind)
 

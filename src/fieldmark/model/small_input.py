@@ -112,13 +112,14 @@ def _shrink_stem(network: Any) -> None:
 
     Source: He et al. 2015, arXiv:1512.03385, section 4.2, for the 3x3 stem on CIFAR-10.
     """
-    stem = getattr(network, "conv_stem", None)
+    stem: Any = getattr(network, "conv_stem", None)
     if stem is not None:  # EfficientNet
         stem.stride = (1, 1)
         return
     first: Any = network.conv1
     if isinstance(first, nn.Sequential):  # the deep stem of ResNet-D: three 3x3 convolutions
-        first[0].stride = (1, 1)
+        strided: Any = first[0]
+        strided.stride = (1, 1)
     else:
         network.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")

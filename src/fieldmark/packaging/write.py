@@ -20,7 +20,6 @@ from fieldmark.packaging.entries import (
     FileEntry,
     GoldenCheck,
     Parity,
-    Precision,
     TensorEntry,
     Variant,
     VariantKind,
@@ -123,9 +122,8 @@ def add_variant(
     *,
     kind: VariantKind,
     opset: int | None = None,
-    precision: Precision = "float32",
 ) -> Package:
-    """Return the package with an exported model added, or put in the place of an older one.
+    """Return the package with a float32 export added, or put in the place of an older one.
 
     The new variant has no measurements: those of an older one were of other bytes.
 
@@ -143,7 +141,7 @@ def add_variant(
         images = ("batch", spec.height_px, spec.width_px, 3)
         variant = Variant(
             kind=kind,
-            precision=precision,
+            precision="float32",
             file=file,
             opset=opset,
             inputs=(TensorEntry(name="images", dtype="uint8", shape=images),),

@@ -68,12 +68,10 @@ def serve(
                     f"curl --data-binary @image.jpg '{url}/v1/classify?top_k=1'"
                 )
 
-        loader = threading.Thread(target=load, name="load")
         with _signals_end(server):
-            loader.start()
+            threading.Thread(target=load, name="load").start()
             server.run(sockets=[listener])
-            loader.join()
-        loaded.result()
+        loaded.result()  # raises what loading raised
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -35,6 +35,16 @@ def test_a_table_keeps_its_other_keys() -> None:
     assert both.model.args == {"a": 1, "b": 2}
 
 
+def test_another_network_or_optimizer_loses_the_arguments_of_the_one_before() -> None:
+    smoke = find_recipe("cifar10-smoke")
+    assert smoke.model.args
+    assert override(smoke, ["model.arch=resnet18"]).model.args == {}
+    assert override(smoke, ["model.arch=airnet"]).model.args == smoke.model.args
+    both = override(smoke, ["model.args.widths=[8]", "model.arch=resnet18"])
+    assert both.model.args["widths"] == [8]
+    assert override(smoke, ["model.args={}"]).model.args == {}
+
+
 def test_setting_one_unit_clears_the_others() -> None:
     steps = override(BASE, ["train.steps=10", "schedule.warmup_frac=0.1"])
     assert (steps.train.steps, steps.train.epochs) == (10, 0)

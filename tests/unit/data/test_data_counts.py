@@ -87,11 +87,11 @@ def test_many_classes_are_grouped(tmp_path, drawn):
 
 
 def test_names_are_text_and_not_formulas(tmp_path, drawn):
-    names = ["$x^", "_hidden", "a very long name of a class of things"]
+    names = ["$x^$", "_hidden", "a very long name of a class of things"]
     counts = class_counts({"all": split_of([0, 1, 2])}, names)
-    save_pie(tmp_path / "pie.png", counts, title="folder:$1^")
+    save_pie(tmp_path / "pie.png", counts, title="folder:$1^$")
     assert [text.partition(":")[0] for text in drawn[0]["legend"]] == [
-        "$x^",
+        "$x^$",
         "_hidden",
         "a very long name of a…",
     ]

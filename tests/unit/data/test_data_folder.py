@@ -73,6 +73,14 @@ def test_files_are_found_in_depth_by_suffix_and_sorted(make_folder, monkeypatch)
     assert "a/more/deep/notes.txt" in said[0]
 
 
+def test_the_whole_path_is_sorted_and_not_folder_by_folder(make_folder):
+    root = make_folder({"a": 1, "b": 1})
+    (root / "a" / "000").mkdir()
+    shutil.copy(root / "a" / "000.jpg", root / "a" / "000" / "x.jpg")
+    images = open_source(f"folder:{root}").splits["all"].images
+    assert [images.name(0), images.name(1)] == ["a/000.jpg", "a/000/x.jpg"]  # "." < "/"
+
+
 def _reversed(scandir):
     class Reversed:
         def __init__(self, path):

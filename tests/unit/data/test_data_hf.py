@@ -103,6 +103,16 @@ def test_two_image_columns_need_a_choice(write):
         open_source(spec, image_column="label")
 
 
+def test_a_chosen_column_of_plain_bytes_holds_images(write):
+    content = {"data": [jpeg(0), jpeg(1)], "label": [0, 1]}
+    features = {"data": datasets.Value("binary"), "label": datasets.Value("int64")}
+    spec = write(train=(content, features))
+    with pytest.raises(DataError, match="one image column. Got none among data, label"):
+        open_source(spec)
+    images = open_source(spec, image_column="data").splits["all"].images
+    assert images.encoded(1) == jpeg(1)
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "names", "labels"),
     [

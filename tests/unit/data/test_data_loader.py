@@ -108,6 +108,12 @@ def test_changes_are_drawn_for_each_image_and_epoch(split, spec):
     assert len({hole.numpy().tobytes() for hole in holes}) > 25
 
 
+def test_each_micro_batch_is_mixed_by_its_own_draws(split, spec):
+    batches = make(split, spec, AugmentConfig(mixup_alpha=1.0), accumulation_steps=2)
+    shares = [targets.amax(1) for _, targets in take(batches, 12)]
+    assert len({tuple(each.tolist()) for each in shares}) == 12
+
+
 @pytest.fixture
 def broken_split(make_folder):
     root = make_folder({"a": 10, "b": 10})

@@ -33,7 +33,7 @@ def images(photo):
 def test_boxes_equal_torchvisions_for_equal_draws(size, min_area):
     image = Image.new("RGB", size)
     equal = 0
-    for seed in range(200):
+    for seed in range(100):
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(
             image, [min_area, 1.0], [3 / 4, 4 / 3]
@@ -44,7 +44,7 @@ def test_boxes_equal_torchvisions_for_equal_draws(size, min_area):
         equal += box == expected
         # torchvision takes the ratio's logarithm and exponential in float32: one pixel, rarely.
         assert np.abs(np.array(box) - np.array(expected)).max() <= 1 or min(size) < 100
-    assert equal >= 198
+    assert equal >= 98
 
 
 def test_boxes_have_the_distribution_of_torchvisions():

@@ -94,6 +94,15 @@ def test_accumulation_changes_no_input(digits, parts):
     assert equal(later, micro[2 * parts :])
 
 
+def test_each_update_has_its_own_draws(digits):
+    same = (np.repeat(digits[0][:1], 300, axis=0), np.arange(300) % 10)
+    for augment in (AugmentConfig(crop_pad_px=2), AugmentConfig(cutout_px=3), FULL):
+        first, second = (images for images, _ in take(make(same, augment), 2))
+        assert not torch.equal(first, second)
+    first, second = (targets for _, targets in take(make(same), 2))
+    assert not torch.equal(first.amax(1), second.amax(1))  # the shares of mixing
+
+
 def test_memory_format_and_types(digits):
     (images, targets), *_ = take(make(digits), 1)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -201,6 +210,11 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path, spec, photo_folde
     assert not fits_resident(digits, spec, plain, small)
     mixed = open_source(f"folder:{photo_folder}").splits["all"]
     assert not fits_resident(mixed, spec, plain, data)
+    for index, name in enumerate(("a", "b", "c")):
+        (tmp_path / "small" / name).mkdir(parents=True)
+        Image.new("RGB", (30, 30 + index)).save(tmp_path / "small" / name / "x.png")
+    small_mixed = open_source(f"folder:{tmp_path / 'small'}").splits["all"]
+    assert not fits_resident(small_mixed, spec, plain, data)
     for side, expected in ((64, True), (65, False)):
         for name in ("a", "b"):
             folder = tmp_path / str(side) / name

@@ -7,6 +7,7 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from fieldmark.data.images import ArrayImages, Selection, prepare
+from fieldmark.data.labelled import Split, fingerprint
 from fieldmark.data.source import KINDS, open_source
 from fieldmark.errors import DataError, UnknownName
 from fieldmark.preprocess import decode
@@ -66,6 +67,26 @@ def test_array_images_encode_without_loss(spec):
     assert np.array_equal(np.asarray(decode(images.encoded(7))), np.asarray(images.image(7)))
     # The short way and the way through the encoded bytes are one preprocessing.
     assert np.array_equal(prepare(images, 7, spec), spec(images.encoded(7)))
+
+
+def test_everything_counts_in_a_fingerprint():
+    images = open_source("digits").splits["all"].images
+
+    def of(names=("a", "b"), split="train", labels=(0, 1), content=(b"xy", b"z")):
+        part = Split(split, images, np.array(labels))
+        return fingerprint(names, [(part, content)])
+
+    prints = {
+        of(),
+        of(names=("b", "a")),
+        of(names=("ab",)),
+        of(split="test"),
+        of(labels=(1, 0)),
+        of(content=(b"x", b"yz")),
+        of(content=(b"xy", b"w")),
+    }
+    assert len(prints) == 7
+    assert of() == of()
 
 
 def test_a_subset_of_a_subset_keeps_names_and_labels():

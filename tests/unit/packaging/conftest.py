@@ -10,7 +10,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for packaging_data, beside this file
 
-from packaging_data import CLASS_NAMES, SIDE_PX, SPEC, Made, make_network, write_falcons
+from packaging_data import (
+    CLASS_NAMES,
+    SIDE_PX,
+    SPEC,
+    Made,
+    balance,
+    draw_pixels,
+    make_network,
+    write_falcons,
+)
 
 from fieldmark.model import InferenceModule, eager_predict
 from fieldmark.packaging.export import OPSET, export_onnx, export_torchscript
@@ -22,6 +31,7 @@ from fieldmark.packaging.write import add_variant
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     module = InferenceModule(make_network(), SPEC.mean, SPEC.std)
+    balance(module)
     eager = eager_predict(module)
     golden = make_golden(synthetic_images(6, seed=7), SPEC, eager, CLASS_NAMES)
     folder = tmp_path_factory.mktemp("made") / "package"
@@ -49,8 +59,6 @@ def package(folder: Path) -> Package:
 @pytest.fixture(scope="session")
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     """60 images in three batches, the last one smaller, with labels."""
-    rng = np.random.default_rng(1)
-    coarse = rng.integers(0, 256, size=(60, 4, 4, 3), dtype=np.uint8)
-    images = coarse.repeat(8, axis=1).repeat(8, axis=2)
-    labels = rng.integers(0, len(CLASS_NAMES), size=60)
+    images = draw_pixels(60)
+    labels = np.random.default_rng(2).integers(0, len(CLASS_NAMES), size=60)
     return [(images[i : i + 25], labels[i : i + 25]) for i in (0, 25, 50)]

@@ -1,5 +1,7 @@
 """Exports of real networks: one file, any batch size, nothing of this machine in it."""
 
+import io
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -8,17 +10,18 @@ import torch
 from packaging_data import SPEC, Made, make_network
 from torch import Tensor, nn
 
+import fieldmark.packaging.export as export_room
 from fieldmark.errors import ModelError
 from fieldmark.model import InferenceModule
 from fieldmark.packaging.export import FORMATS, export_module, export_onnx, export_torchscript
 
 
-def _difference(data: bytes, module: nn.Module, side_px: int) -> float:
+def _difference(data: bytes, module: nn.Module, height_px: int, width_px: int) -> float:
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     largest = 0.0
     for batch_size in (1, 2, 3, 7):
         images = np.random.default_rng(batch_size).integers(
-            0, 256, size=(batch_size, side_px, side_px, 3), dtype=np.uint8
+            0, 256, size=(batch_size, height_px, width_px, 3), dtype=np.uint8
         )
         with torch.no_grad():
             expected = module(torch.from_numpy(images)).numpy()
@@ -39,7 +42,7 @@ def test_onnx_is_one_file_with_the_stated_ends(made: Made) -> None:
         ["batch", 32, 32, 3],
     )
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 5])
-    assert _difference(made.onnx, made.module, 32) < 1e-5
+    assert _difference(made.onnx, made.module, 32, 32) < 1e-5
 
 
 @pytest.mark.parametrize("format_name", ["onnx", "torchscript"])
@@ -52,7 +55,7 @@ def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: str) ->
 @pytest.mark.parametrize(
     ("name", "side_px", "args"),
     [
-        ("test_vit", 32, {"img_size": 32}),
+        pytest.param("test_vit", 32, {"img_size": 32}, marks=pytest.mark.slow),
         pytest.param("test_efficientnet", 64, {}, marks=pytest.mark.slow),
         pytest.param("test_convnext", 64, {}, marks=pytest.mark.slow),
         pytest.param("resnet18", 64, {}, marks=pytest.mark.slow),
@@ -62,17 +65,7 @@ def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: str) ->
 )
 def test_networks_agree_with_eager(name: str, side_px: int, args: dict[str, int]) -> None:
     module = InferenceModule(make_network(name, **args), SPEC.mean, SPEC.std)
-    assert _difference(export_onnx(module, side_px, side_px), module, side_px) < 1e-5
-
-
-def test_sides_may_differ() -> None:
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mean(dim=(2, 3))
-
-    module = InferenceModule(Mean(), SPEC.mean, SPEC.std)
-    for format_name in FORMATS:
-        export_module(module, format_name, 8, 24)
+    assert _difference(export_onnx(module, side_px, side_px), module, side_px, side_px) < 1e-5
 
 
 class _FrozenBatch(nn.Module):
@@ -120,21 +113,27 @@ def test_a_network_that_cannot_be_exported_is_one_sentence() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_export_says_nothing_on_its_own(capfd: pytest.CaptureFixture[str]) -> None:
-    class Flat(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1)[:, :5]
+def test_weights_that_no_single_file_holds_are_refused(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_room, "MAX_ONNX_BYTES", 1_000_000)
+    with pytest.raises(ModelError, match="weights must be at most 1000000 bytes"):
+        export_onnx(made.module, 32, 32)
 
-    export_onnx(InferenceModule(Flat(), SPEC.mean, SPEC.std), 8, 8)
-    assert capfd.readouterr() == ("", "")
 
-
-def test_a_module_in_training_mode_is_exported_in_eval_mode(made: Made) -> None:
-    norm = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def test_a_module_in_training_mode_with_unequal_sides_is_exported_in_eval_mode_in_silence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():
-        norm[0].running_mean.fill_(0.5)
-    module = InferenceModule(norm, SPEC.mean, SPEC.std)
+        network[0].running_mean.fill_(0.5)
+    module = InferenceModule(network, SPEC.mean, SPEC.std)
     module.train()
-    data = export_onnx(module, 8, 8)
+    onnx_data, torchscript = (export_module(module, name, 8, 24) for name in FORMATS)
     assert not module.training
-    assert _difference(data, module, 8) < 1e-5
+    assert _difference(onnx_data, module, 8, 24) < 1e-5
+    assert capfd.readouterr() == ("", "")
+    images = torch.randint(0, 256, (3, 8, 24, 3), dtype=torch.uint8)
+    with pytest.warns(FutureWarning, match="torch.jit"):
+        loaded = torch.jit.load(io.BytesIO(torchscript))
+    torch.testing.assert_close(loaded(images), module(images))

@@ -156,6 +156,18 @@ def test_external_data_is_refused_although_onnxruntime_finds_it(
         open_onnx(package)
 
 
+def test_another_format_than_onnx_is_refused_although_onnxruntime_opens_it(tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "model.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(_tiny_model(), options, providers=["CPUExecutionProvider"])
+    data = (tmp_path / "model.ort").read_bytes()
+    ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    with pytest.raises(PackageError, match="can open"):
+        open_session(data, "m.onnx")
+
+
 @pytest.mark.parametrize("location", ["/etc/hosts", "../weights.bin", "*/_ORT_MEM_ADDR_/*"])
 def test_external_data_anywhere_is_refused(location: str) -> None:
     with pytest.raises(PackageError, match="external data"):

@@ -145,11 +145,13 @@ def test_one_altered_weight_byte_is_caught_by_the_checksum_and_without_it(
     folder: Path, package: Package, made: Made, batches: Batches
 ) -> None:
     model = onnx.load_from_string(made.onnx)
-    weights = max(model.graph.initializer, key=lambda t: len(t.raw_data))
-    index = int(np.abs(numpy_helper.to_array(weights)).argmax()) * 4 + 3  # of a large weight
-    raw = bytearray(weights.raw_data)
-    raw[index] ^= 0x04  # one bit of its exponent, in a little-endian float32
-    weights.raw_data = bytes(raw)
+    head = made.module.network.get_classifier().weight.detach().numpy()
+    stored = next(
+        t for t in model.graph.initializer if set(t.dims) == set(head.shape) and t.raw_data
+    )
+    raw = bytearray(stored.raw_data)
+    raw[int(np.abs(numpy_helper.to_array(stored)).argmax()) * 4 + 3] ^= 0x80  # a weight's sign
+    stored.raw_data = bytes(raw)
     altered = model.SerializeToString()
     assert len(altered) == len(made.onnx)
     assert sum(a != b for a, b in zip(altered, made.onnx, strict=True)) == 1

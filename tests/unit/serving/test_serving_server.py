@@ -1,5 +1,6 @@
 """server.py: a real process, its socket and its end."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fieldmark.errors import ConfigError
+from fieldmark.errors import CheckFailed, ConfigError
 from fieldmark.serving.server import listen, serve, url_of
 
 SERVE = "import sys; from fieldmark.serving.server import serve; serve(sys.argv[1], port=0)"
@@ -160,7 +161,7 @@ SLOW = """
         predict = predictor.predict
         def wait(pixels):
             print("in the model", file=sys.stderr, flush=True)
-            time.sleep(1.0)
+            time.sleep(0.4)
             return predict(pixels)
         object.__setattr__(predictor, "predict", wait)
         return predictor
@@ -179,28 +180,34 @@ def test_sigterm_lets_a_request_finish(tiny_package, encode):
         assert served.rest == ""
 
 
-FAILING = """
-    import sys
-    from fieldmark.errors import FieldmarkError
+EARLY = """
+    import os, signal, sys
+    import uvicorn
     from fieldmark.serving.server import serve
-    try:
-        serve(sys.argv[1], port=0)
-    except FieldmarkError as error:
-        print(type(error).__name__, error, file=sys.stderr)
-        sys.exit(error.exit_status)
+    run = uvicorn.Server.run
+    def signalled_first(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run(*arguments, **options)
+    uvicorn.Server.run = signalled_first
+    serve(sys.argv[1], port=0)
 """
 
 
-def test_a_failed_check_ends_the_process_with_one_sentence(write_tiny_package):
-    import dataclasses
+def test_sigterm_before_the_server_runs_is_not_lost(tiny_package):
+    with Served(tiny_package, script=EARLY) as served:
+        assert served.wait() == 0
 
+
+@pytest.mark.timeout(60)
+def test_a_failed_check_ends_serving_with_its_error(write_tiny_package, capsys):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     folder = write_tiny_package(
         change=lambda golden: dataclasses.replace(golden, logits=golden.logits + np.float32(1))
     )
-    with Served(folder, script=FAILING) as served:
-        assert served.wait() == 1
-        assert served.rest.startswith("CheckFailed variant 'onnx' of ")
-        assert served.rest.count("\n") == 1
+    with pytest.raises(CheckFailed, match="^variant 'onnx' of "):
+        serve(folder, port=0)
+    assert capsys.readouterr().err == ""
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_port_in_use(tiny_package):

@@ -34,9 +34,13 @@ EVERYTHING = [
 ]
 
 
+def without(settings: list[str], *keys: str) -> list[str]:
+    return [s for s in settings if not s.startswith(keys)]
+
+
 @pytest.fixture
 def settings(tiny_settings: list[str]) -> list[str]:
-    return [s for s in tiny_settings if "widths" not in s] + ["model.args={}", *EVERYTHING]
+    return without(tiny_settings, "model.args", "train.epochs") + EVERYTHING
 
 
 def states(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -82,8 +86,8 @@ def test_workers_change_nothing(tmp_path: Path, settings: list[str]) -> None:
     digests = []
     for workers in (0, 2):
         out = tmp_path / str(workers)
-        changed = [*settings, "data.storage=files", f"data.num_workers={workers}"]
-        fieldmark.train("digits", [*changed, "train.epochs=1"], out=out)
+        changed = without(settings, "train.epochs") + ["data.storage=files", "train.epochs=1"]
+        fieldmark.train("digits", [*changed, f"data.num_workers={workers}"], out=out)
         digests.append(states(out, 3))
     assert all(torch.equal(digests[0][key], digests[1][key]) for key in digests[0])
 
@@ -105,7 +109,7 @@ def test_a_run_records_what_decided_what(tiny_run: Path) -> None:
 def test_without_a_validation_split_the_last_weights_are_taken(
     tmp_path: Path, tiny_settings: list[str]
 ) -> None:
-    settings = [s for s in tiny_settings if "val_frac" not in s]
+    settings = without(tiny_settings, "data.val_frac", "train.epochs")
     result = fieldmark.train(
         "digits", [*settings, "data.val_frac=0", "train.steps=3"], out=tmp_path / "run"
     )
@@ -165,7 +169,8 @@ def test_data_that_changed_under_the_run_is_an_error(
     data = tmp_path / "data"
     shutil.copytree(tiny_images, data)
     out = tmp_path / "run"
-    settings = [*tiny_settings, f"data.source=folder:{data}", "train.steps=2"]
+    settings = without(tiny_settings, "train.epochs")
+    settings += [f"data.source=folder:{data}", "train.steps=2"]
     fieldmark.train("digits", settings, out=out)
     (out / "metrics.json").unlink()
     shutil.copy(data / "train/red/00.png", data / "train/red/99.png")
