@@ -1,14 +1,13 @@
 """The command line: verbs only. A stage is imported when its verb is used."""
 
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fieldmark import __version__, pipeline
+from fieldmark import __version__, pipeline, show
 from fieldmark.errors import FieldmarkError
 from fieldmark.runtime import log
 
@@ -20,9 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-if TYPE_CHECKING:
-    from fieldmark.serving.files import FileResult
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help="Labelled images.")]
@@ -63,7 +59,7 @@ def train(
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """
     result = pipeline.train(recipe, settings or [], out=out, resume=resume)
-    _finish(result, as_json, _print_run)
+    _finish(result, as_json, show.show_run)
 
 
 @app.command()
@@ -96,7 +92,7 @@ def evaluate(
         batch_size=batch_size,
         out=out,
     )
-    _finish(result, as_json, _print_evaluation)
+    _finish(result, as_json, show.show_evaluation)
 
 
 @app.command()
@@ -127,7 +123,7 @@ def package(
         image_px=image_px,
         license=license,
     )
-    _finish(result, as_json, _print_package)
+    _finish(result, as_json, show.show_package)
 
 
 @app.command()
@@ -141,7 +137,7 @@ def export(
 
     Example: fieldmark export runs/smoke --to onnx
     """
-    _finish(pipeline.export(model, to, data=data), as_json, _print_verification)
+    _finish(pipeline.export(model, to, data=data), as_json, show.show_verification)
 
 
 @app.command()
@@ -162,7 +158,7 @@ def verify(
     result = pipeline.verify(
         model, data=data, split=split, variants=variant or [], max_images=max_images
     )
-    _finish(result, as_json, _print_verification)
+    _finish(result, as_json, show.show_verification)
 
 
 @app.command()
@@ -185,11 +181,11 @@ def predict(
     if csv is not None:
         num_files, num_errors = pipeline.write_csv(results, csv, top_k=top_k)
         if as_json:
-            _print_json({"csv": str(csv), "num_files": num_files, "num_errors": num_errors})
+            show.print_json({"csv": str(csv), "num_files": num_files, "num_errors": num_errors})
         else:
             typer.echo(f"{num_files} files, {num_errors} with an error: {csv}")
     else:
-        num_errors = _print_predictions(results, as_json)
+        num_errors = show.show_predictions(results, as_json)
     raise typer.Exit(1 if num_errors else 0)
 
 
@@ -214,7 +210,7 @@ def serve(
         threads=threads,
         max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,
-        announce=_print_json if as_json else None,
+        announce=show.print_json if as_json else None,
     )
 
 
@@ -223,7 +219,7 @@ def recipes(as_json: Json = False) -> None:
     """List the recipes, and whether their results were measured or published."""
     listed = pipeline.recipes()
     if as_json:
-        _print_json({"recipes": listed})
+        show.print_json({"recipes": listed})
         return
     rows = []
     for item in listed:
@@ -241,7 +237,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Describe a package, a run, or a data source (class counts for each split)."""
-    _finish(pipeline.info(target, pie=pie), as_json, _print_info)
+    _finish(pipeline.info(target, pie=pie), as_json, show.show_info)
 
 
 @app.command()
@@ -250,7 +246,7 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on scikit-learn's handwritten digits; no download."""
-    _finish(pipeline.quickstart(out), as_json, _print_quickstart)
+    _finish(pipeline.quickstart(out), as_json, show.show_quickstart)
 
 
 def main() -> None:
@@ -259,7 +255,7 @@ def main() -> None:
         app(standalone_mode=True)
     except FieldmarkError as error:
         if "--json" in sys.argv:
-            _print_json({"error": {"code": error.code, "message": str(error)}})
+            show.print_json({"error": {"code": error.code, "message": str(error)}})
         log.say(f"fieldmark: {error}")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
@@ -277,163 +273,14 @@ def _root(
 
 
 def _finish(
-    result: pipeline.Result, as_json: bool, show: Callable[[pipeline.Result], None]
+    result: pipeline.Result, as_json: bool, show_it: Callable[[pipeline.Result], None]
 ) -> None:
     if as_json:
-        _print_json(result.to_json() | {"passed": result.passed})
+        show.print_json(result.to_json() | {"passed": result.passed})
     else:
-        show(result)
+        show_it(result)
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
-
-
-def _rate(value: dict[str, Any]) -> str:
-    return (
-        f"{value['value']:.2%}  (95 % interval {value['low']:.2%} to {value['high']:.2%}, "
-        f"n={value['n']})"
-    )
-
-
-def _print_scores(facts: dict[str, Any]) -> None:
-    rows = [("top-1 accuracy", _rate(facts["top1_accuracy"]))]
-    if "top5_accuracy" in facts:
-        rows.append(("top-5 accuracy", _rate(facts["top5_accuracy"])))
-    rows.append(("balanced accuracy", f"{facts['balanced_accuracy']:.2%}"))
-    rows.append(("loss", f"{facts['loss']:.4f} nats"))
-    log.facts(rows)
-
-
-def _print_classes(facts: dict[str, Any], at_most: int = 20) -> None:
-    """The classes with their recall, the worst first where there are many."""
-    classes = facts["per_class_accuracy"].items()
-    ranked = sorted(classes, key=lambda item: item[1]["value"])
-    rows = [
-        (name, f"{rate['value']:.1%}", f"{rate['low']:.1%} to {rate['high']:.1%}", rate["n"])
-        for name, rate in (ranked[:at_most] if len(ranked) > at_most else classes)
-    ]
-    title = f"the {at_most} worst of {len(ranked)} classes" if len(ranked) > at_most else ""
-    log.table(["class", "recall", "95 % interval", "images"], rows, title=title)
-
-
-def _print_run(result: pipeline.Result) -> None:
-    facts = result.facts
-    _print_class_counts(facts["class_counts"])
-    for name, origin in facts["splits"].items():
-        typer.echo(f"{name}: {origin}")
-    if facts["measured_on"]:
-        chosen = facts["selected_by"]
-        by = f"{chosen['split']} chose" if chosen["split"] else "the last: nothing chose"
-        typer.echo(f"\nmeasured on {facts['measured_on']} (weights: {by} update {chosen['step']})")
-        _print_scores(facts)
-    typer.echo(f"package: {facts['package']}")
-    typer.echo(f"next:    fieldmark export {result.path}")
-
-
-def _print_class_counts(counts: list[dict[str, Any]], at_most: int = 40) -> None:
-    """Images of each class in each split: all of them, or the largest where there are many."""
-    splits = [name for name in counts[0] if name != "class_name"]
-    totals = ["total", *(sum(row[name] for row in counts) for name in splits)]
-    shown = sorted(counts, key=lambda row: -row[splits[0]])[:at_most]
-    listed = counts if len(counts) <= at_most else shown
-    title = "" if len(counts) <= at_most else f"the {at_most} largest of {len(counts)} classes"
-    rows = [[row["class_name"], *(row[name] for name in splits)] for row in listed]
-    log.table(["class", *splits], [*rows, totals], title=title)
-
-
-def _print_evaluation(result: pipeline.Result) -> None:
-    _print_scores(result.facts)
-    _print_classes(result.facts)
-    if result.path is not None:
-        typer.echo(f"metrics and predictions: {result.path}")
-
-
-def _print_package(result: pipeline.Result) -> None:
-    if "top1_accuracy" in result.facts:
-        _print_scores(result.facts)
-    typer.echo(f"package: {result.path} (golden samples: {result.facts['golden']})")
-    typer.echo(f"next:    fieldmark export {result.path}")
-
-
-def _print_verification(result: pipeline.Result) -> None:
-    for name, found in result.facts["variants"].items():
-        golden, parity = found["golden"], found["parity"]
-        rows = [("variant", f"{name}: {found['file']}, {found['bytes'] / 1e6:.1f} MB")]
-        state = "passed" if golden["passed"] else "FAILED"
-        rows.append(("golden samples", f"{state}, n={golden['num_samples']}"))
-        if parity is not None:
-            rows += _parity_rows(parity)
-        rows += [("note", note) for note in found["notes"]]
-        rows += [("problem", problem) for problem in found["problems"]]
-        rows.append(("deployable", "yes" if found["deployable"] else "no"))
-        log.facts(rows)
-    typer.echo("verified" if result.passed else "verification FAILED")
-    typer.echo(f"next: fieldmark serve {result.path}" if result.passed else "")
-
-
-def _parity_rows(parity: dict[str, Any]) -> list[tuple[str, str]]:
-    drop = parity["accuracy_drop"]
-    largest, mean = parity["max_abs_delta_logit"], parity["mean_abs_delta_logit"]
-    delta = "not finite" if largest is None else f"max {largest:.2g}, mean {mean:.2g}"
-    return [
-        ("compared on", parity["data"]),
-        ("top-1 agreement", _rate(parity["top1_agreement"])),
-        ("logits differ by", delta),
-        (
-            "accuracy drop",
-            f"{drop['value']:.2%}  (95 % interval {drop['low']:.2%} to {drop['high']:.2%})",
-        ),
-    ]
-
-
-def _print_quickstart(result: pipeline.Result) -> None:
-    facts = result.facts
-    agreement = facts["parity"]["variants"]["onnx"]["parity"]["top1_agreement"]
-    sample = facts["sample"]
-    log.facts(
-        [
-            ("top-1 accuracy", f"{_rate(facts['top1_accuracy'])} on {facts['measured_on']}"),
-            ("ONNX agrees with torch", _rate(agreement)),
-            ("one image", f"{sample['file']} is a {sample['predictions'][0]['class_name']!r}"),
-            ("package", facts["package"]),
-        ]
-    )
-    typer.echo(f"next: fieldmark serve {result.path}")
-
-
-def _print_predictions(results: "Iterable[FileResult]", as_json: bool) -> int:
-    """Print each result as it comes, or all as one object; return how many are errors."""
-    num_errors = 0
-    if as_json:
-        listed = [result.to_json() for result in results]
-        num_errors = sum("error" in item for item in listed)
-        _print_json({"results": listed, "num_errors": num_errors})
-        return num_errors
-    for result in results:
-        if result.error is not None:
-            num_errors += 1
-            log.warn(f"{result.file}: {result.error}")
-            continue
-        typer.echo(result.file)
-        for ranked in result.predictions:
-            described = f"  ({ranked.description})" if ranked.description else ""
-            typer.echo(f"  {ranked.probability:7.2%}  {ranked.class_name}{described}")
-    return num_errors
-
-
-def _print_info(result: pipeline.Result) -> None:
-    facts = dict(result.facts)
-    counts = facts.pop("class_counts", None)
-    if counts is not None:
-        _print_class_counts(counts)
-    for name in ("config", "class_names", "metrics", "training"):
-        value = facts.get(name)
-        if value and len(json.dumps(value)) > 200:
-            facts[name] = f"{len(value)} entries; see --json"
-    log.facts([(name, str(value)) for name, value in facts.items()])
 
 
 if __name__ == "__main__":

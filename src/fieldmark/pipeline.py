@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fieldmark.errors import (
-    ConfigError,
-    DataError,
+    FieldmarkError,
     MissingDependency,
     PackageError,
     UnknownName,
     require,
 )
 from fieldmark.runtime.files import read_json
-from fieldmark.runtime.log import say, warn
+from fieldmark.runtime.log import say
 
 if TYPE_CHECKING:
-    from fieldmark.config import DataConfig, ModelConfig
-    from fieldmark.data.split import Splits
-    from fieldmark.packaging.resolve import ResolvedModel
     from fieldmark.serving.files import FileResult
     from fieldmark.serving.predictor import Predictor
 
@@ -64,89 +60,24 @@ def train(
         resume: go on with the run in `out`, with its own configuration.
     """
     require("torch", "train", "training")
-    from fieldmark.cookbook import load_recipe
-    from fieldmark.data.split import check_held_out
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
-    from fieldmark.training.device import pick_device, prepare
-    from fieldmark.training.prepare import (
-        load_train_images,
-        make_batches,
-        make_network,
-        report_broken,
-    )
-    from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
-    from fieldmark.training.session import Session, summary_sentence
+    from fieldmark.training.session import summary_sentence
+    from fieldmark.training.start import open_run, start_session
 
-    if resume:
-        run = RunFolder.open(_resumed_folder(recipe, settings, out))
-    else:
-        config = load_recipe(recipe, settings)
-        run = RunFolder.create(Path(out or default_folder(config.name or "run")), config)
+    run = open_run(recipe, settings, None if out is None else Path(out), resume)
     with run:
         if (run.path / RESULT_FILE).is_file():
             say(f"run {run.path} has ended already: nothing to resume")
             return Result(run.path, read_json(run.path / RESULT_FILE))
         config = run.config()
-        device = pick_device(config.train.device)
-        threads = prepare(config.train, device)
-        for difference in run.check_environment(describe_environment(device, threads)):
-            warn(f"the run began elsewhere, so its last bits may differ: {difference}")
-        splits = open_splits(config.data)
-        if run.decide("fingerprint", splits.fingerprint, "of the data") != splits.fingerprint:
-            raise DataError(
-                f"{config.data.source} changed since the run began: its fingerprint is another. "
-                "Restore it, or start a new run."
-            )
-        pretrained = resolve_pretrained(config.model)
-        images = load_train_images(
-            splits.train,
-            data=config.data,
-            augment=config.augment,
-            model=config.model,
-            evaluation=config.eval,
-            pretrained=pretrained,
-            decide=run.decide,
-        )
-        splits = check_held_out(splits, images.preprocess)
-        report_broken(list(splits.broken), len(splits.train), config.data.max_broken_frac)
-        for name, origin in splits.origin.items():
-            run.decide(f"split {name}", len(splits.parts().get(name, ())), origin)
-        say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
-        network, architecture = make_network(
-            config.model,
-            pretrained=pretrained,
-            class_names=splits.class_names,
-            image_px=images.preprocess.height_px,
-            seed=config.train.seed,
-        )
-        session = Session(
-            run,
-            network,
-            make_batches(
-                images,
-                network=network,
-                data=config.data,
-                augment=config.augment,
-                train=config.train,
-                num_classes=len(splits.class_names),
-                device=device,
-            ),
-            make_validation(
-                splits.val,
-                images.preprocess,
-                batch_size=config.eval.batch_size,
-                max_bytes=config.data.max_resident_mb * 2**20,
-                device=device,
-            ),
-            train=config.train,
-            optim=config.optim,
-            schedule=config.schedule,
-            loss=config.loss,
-            frozen_backbone=config.model.freeze == "backbone",
-            device=device,
-        )
-        trained = session.fit()
+        try:
+            ready = start_session(run, config, make_validation)
+        except (FieldmarkError, KeyboardInterrupt):
+            if not resume:
+                run.discard()  # nothing was trained: the same command can be tried again
+            raise
+        trained = ready.session.fit()
         say(summary_sentence(trained))
         selected_by = run.decide(
             "selection",
@@ -156,13 +87,13 @@ def train(
         facts = finish_run(
             run.path,
             config,
-            splits=splits,
-            preprocess=images.preprocess,
+            splits=ready.splits,
+            preprocess=ready.images.preprocess,
             network=trained.network,
-            architecture=architecture,
-            pretrained=pretrained,
+            architecture=ready.architecture,
+            pretrained=ready.pretrained,
             training={"steps": trained.step, "selected_by": selected_by},
-            device=device,
+            device=ready.session.device,
         )
     return Result(run.path, facts | {"images_per_s": trained.images_per_s})
 
@@ -406,48 +337,6 @@ def package_folder(model: str | Path) -> Path:
 
     found = find_package(Path(model))
     return found if found is not None else open_package(Path(model)).path
-
-
-def open_splits(data: "DataConfig") -> "Splits":
-    """Return the splits of a run's data."""
-    from fieldmark.data.source import open_source
-    from fieldmark.data.split import make_splits
-
-    source = open_source(
-        data.source, image_column=data.image_column, label_column=data.label_column
-    )
-    return make_splits(
-        source, val_frac=data.val_frac, test_frac=data.test_frac, split_seed=data.split_seed
-    )
-
-
-def resolve_pretrained(config: "ModelConfig") -> "ResolvedModel | None":
-    """Return the weights that training starts from: any MODEL, or a tag of model.arch."""
-    from fieldmark.packaging.resolve import resolve_model
-
-    text = config.pretrained
-    if not text:
-        return None
-    if ":" in text or Path(text).exists():
-        return resolve_model(text)
-    if not config.arch:
-        raise ConfigError(
-            f"model.pretrained must be timm:NAME, local-dir:PATH, a package, or a tag of "
-            f"model.arch. Got {text!r}. Name the network: model.arch=NAME."
-        )
-    return resolve_model(f"timm:{config.arch}.{text}")
-
-
-def _resumed_folder(recipe: str, settings: Sequence[str], out: str | Path | None) -> Path:
-    if out is None:
-        raise ConfigError("--resume needs the run's folder. Give it with --out DIR.")
-    given = [recipe, *settings] if recipe else list(settings)
-    if given:
-        raise ConfigError(
-            f"--resume goes on with the run's own configuration. Got {' '.join(given)!r}. "
-            "Leave it out, or start a new run in another folder."
-        )
-    return Path(out)
 
 
 def _evaluation_folder(model: str, split: str, variant: str) -> Path | None:

@@ -12,6 +12,7 @@ from fieldmark.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig,
 from fieldmark.data.loader import FileBatches
 from fieldmark.data.resident import ResidentBatches, fits_resident, load_resident
 from fieldmark.data.source import Split
+from fieldmark.data.split import Splits, check_held_out
 from fieldmark.errors import ConfigError, DataError, ImageError, ModelError
 from fieldmark.model import (
     Architecture,
@@ -69,6 +70,20 @@ def load_train_images(
         mean, std = (tuple(values) for values in measured)  # type: ignore[attr-defined]
         spec = spec.model_copy(update={"mean": mean, "std": std})
     return TrainImages(spec, split, pixels, labels)
+
+
+def check_splits(
+    splits: Splits,
+    preprocess: Preprocess,
+    max_broken_frac: float,
+    decide: Callable[[str, object, str], object],
+) -> Splits:
+    """Return the splits with every held-out image known to decode; records where each is from."""
+    splits = check_held_out(splits, preprocess)
+    report_broken(list(splits.broken), len(splits.train), max_broken_frac)
+    for name, origin in splits.origin.items():
+        decide(f"split {name}", len(splits.parts().get(name, ())), origin)
+    return splits
 
 
 def make_network(

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -116,6 +117,10 @@ class RunFolder:
         if path.exists():
             kept = [line for line in _read_lines(path) if line["step"] <= step]
             write_atomic(path, _to_text(kept))
+
+    def discard(self) -> None:
+        """Delete a run in which nothing was trained yet."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -1,0 +1,151 @@
+"""From a recipe, or a run to resume, to a session in front of its next update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fieldmark.config import DataConfig, ModelConfig, RunConfig
+from fieldmark.cookbook import load_recipe
+from fieldmark.data.source import open_source
+from fieldmark.data.split import Splits, make_splits
+from fieldmark.errors import ConfigError, DataError
+from fieldmark.model import Architecture
+from fieldmark.packaging.resolve import ResolvedModel, resolve_model
+from fieldmark.runtime.log import say, warn
+from fieldmark.training.device import pick_device, prepare
+from fieldmark.training.prepare import (
+    TrainImages,
+    check_splits,
+    load_train_images,
+    make_batches,
+    make_network,
+)
+from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
+from fieldmark.training.session import Session, Validate
+
+MakeValidation = Callable[..., Validate | None]
+
+
+def open_run(recipe: str, settings: Sequence[str], out: Path | None, resume: bool) -> RunFolder:
+    """Return a new run of the recipe, or the one in `out` to go on with."""
+    if resume:
+        return RunFolder.open(_resumed_folder(recipe, settings, out))
+    config = load_recipe(recipe, settings)
+    return RunFolder.create(out or default_folder(config.name), config)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run in front of its first update."""
+
+    session: Session
+    splits: Splits
+    images: TrainImages
+    architecture: Architecture
+    pretrained: ResolvedModel | None
+
+
+def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValidation) -> Ready:
+    """Open the data, build the network, restore the newest checkpoint.
+
+    Args:
+        make_validation: from the validation split to what measures a network on it.
+    """
+    data, train = config.data, config.train
+    device = pick_device(train.device)
+    threads = prepare(train, device)
+    for difference in run.check_environment(describe_environment(device, threads)):
+        warn(f"the run began elsewhere, so its last bits may differ: {difference}")
+    splits = _open_splits(run, data)
+    pretrained = _resolve_pretrained(config.model)
+    images = load_train_images(
+        splits.train,
+        data=data,
+        augment=config.augment,
+        model=config.model,
+        evaluation=config.eval,
+        pretrained=pretrained,
+        decide=run.decide,
+    )
+    splits = check_splits(splits, images.preprocess, data.max_broken_frac, run.decide)
+    say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
+    network, architecture = make_network(
+        config.model,
+        pretrained=pretrained,
+        class_names=splits.class_names,
+        image_px=images.preprocess.height_px,
+        seed=train.seed,
+    )
+    batches = make_batches(
+        images,
+        network=network,
+        data=data,
+        augment=config.augment,
+        train=train,
+        num_classes=len(splits.class_names),
+        device=device,
+    )
+    validate = make_validation(
+        splits.val,
+        images.preprocess,
+        batch_size=config.eval.batch_size,
+        max_bytes=data.max_resident_mb * 2**20,
+        device=device,
+    )
+    session = Session(
+        run,
+        network,
+        batches,
+        validate,
+        train=train,
+        optim=config.optim,
+        schedule=config.schedule,
+        loss=config.loss,
+        frozen_backbone=config.model.freeze == "backbone",
+        device=device,
+    )
+    return Ready(session, splits, images, architecture, pretrained)
+
+
+def _open_splits(run: RunFolder, data: DataConfig) -> Splits:
+    """Return the splits of a run's data, which must be what the run began with."""
+
+    source = open_source(
+        data.source, image_column=data.image_column, label_column=data.label_column
+    )
+    if run.decide("fingerprint", source.fingerprint, "of the data") != source.fingerprint:
+        raise DataError(
+            f"{data.source} changed since the run began: its fingerprint is another. "
+            "Restore it, or start a new run."
+        )
+    return make_splits(
+        source, val_frac=data.val_frac, test_frac=data.test_frac, split_seed=data.split_seed
+    )
+
+
+def _resolve_pretrained(config: ModelConfig) -> ResolvedModel | None:
+    """Return the weights that training starts from: any MODEL, or a tag of model.arch."""
+
+    text = config.pretrained
+    if not text:
+        return None
+    if ":" in text or Path(text).exists():
+        return resolve_model(text)
+    if not config.arch:
+        raise ConfigError(
+            f"model.pretrained must be timm:NAME, local-dir:PATH, a package, or a tag of "
+            f"model.arch. Got {text!r}. Name the network: model.arch=NAME."
+        )
+    return resolve_model(f"timm:{config.arch}.{text}")
+
+
+def _resumed_folder(recipe: str, settings: Sequence[str], out: Path | None) -> Path:
+    if out is None:
+        raise ConfigError("--resume needs the run's folder. Give it with --out DIR.")
+    given = [recipe, *settings] if recipe else list(settings)
+    if given:
+        raise ConfigError(
+            f"--resume goes on with the run's own configuration. Got {' '.join(given)!r}. "
+            "Leave it out, or start a new run in another folder."
+        )
+    return out
