@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/train_step.py --data hf:PATH_OF_CIFAR10
 
-Both train the same network (3x3 stem, 11,173,962 parameters) with the same SGD, batch size and
+All train the same network (3x3 stem, 11,173,962 parameters) with the same SGD, batch size and
 augmentation on the same images and threads. The textbook loop is eager NCHW, with torchvision
-transforms on PIL images in a DataLoader with 4 workers. Each measurement is a process of its own,
-and the two alternate, so that a drift of the machine meets both; the ratio is taken pair by pair.
+transforms on PIL images in a DataLoader with 4 workers. A third contender is ours with glibc giving
+freed memory back to the kernel, as it does by default. Each measurement is a process of its own;
+the contenders take turns, so that a drift of the machine meets all, and ratios are taken round by
+round.
 """
 
 import argparse
@@ -20,38 +22,48 @@ import results_file
 import torch
 from torch import nn
 
+from fieldmark.training import device
+
 BATCH_SIZE = 128
 WARM_UP = 2
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
+CONTENDERS = ("ours", "textbook", "ours-default-allocator")
+
+
 def main() -> None:
-    """Run the pairs and write the results file, or (with --one) one measurement."""
+    """Run the rounds and write the results file, or (with --one) one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="cifar10", help="a data source with a train split")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="timed updates of each measurement")
-    parser.add_argument("--one", choices=["ours", "textbook"])
+    parser.add_argument("--one", choices=CONTENDERS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.data, options.steps)))
         return
-    rates: dict[str, list[float]] = {"ours": [], "textbook": []}
-    for pair in range(options.pairs):
-        for name in ("ours", "textbook") if pair % 2 == 0 else ("textbook", "ours"):
+    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for number in range(options.rounds):
+        turn = number % len(CONTENDERS)
+        for name in CONTENDERS[turn:] + CONTENDERS[:turn]:
             rates[name].append(run_one(name, options.data, options.steps))
         shown = {name: f"{values[-1]:.1f}" for name, values in rates.items()}
-        print(f"pair {pair + 1}: images/s {shown}", file=sys.stderr, flush=True)
-    ratios = [a / b for a, b in zip(rates["ours"], rates["textbook"], strict=True)]
+        print(f"round {number + 1}: images/s {shown}", file=sys.stderr, flush=True)
+    ratios = {
+        f"ours / {name}": results_file.spread(
+            [a / b for a, b in zip(rates["ours"], rates[name], strict=True)]
+        )
+        for name in CONTENDERS[1:]
+    }
     results_file.write(
         "train_step",
-        f"benchmarks/train_step.py --pairs {options.pairs} --steps {options.steps}",
+        f"benchmarks/train_step.py --rounds {options.rounds} --steps {options.steps}",
         {
             "what": "ResNet-18 at 32 px, batch 128: images per second of training",
-            "ours": results_file.spread(rates["ours"]),
-            "textbook": results_file.spread(rates["textbook"]),
-            "ratio": results_file.spread(ratios),
-            "rates": rates,
+            "images_per_s": {name: results_file.spread(rates[name]) for name in CONTENDERS},
+            "ratios": ratios,
+            "rounds": rates,
         },
     )
 
@@ -67,7 +79,9 @@ def run_one(name: str, data: str, steps: int) -> float:
 def measure(name: str, data: str, steps: int) -> dict[str, float]:
     """Time `steps` updates after the warm-up."""
     images, labels = load(data)
-    updates = ours(images, labels) if name == "ours" else textbook(images, labels)
+    if name == "ours-default-allocator":
+        device.keep_freed_memory = lambda: False
+    updates = textbook(images, labels) if name == "textbook" else ours(images, labels)
     for _ in range(WARM_UP):
         next(updates)
     started = time.perf_counter()
@@ -94,14 +108,13 @@ def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
     from fieldmark.cookbook import find_recipe
     from fieldmark.data.resident import ResidentBatches
     from fieldmark.model import Architecture, build
-    from fieldmark.training.device import autocast, make_scaler, prepare
     from fieldmark.training.loop import UpdateRule, train_steps
     from fieldmark.training.losses import make_loss
     from fieldmark.training.optim import make_optimizer
 
     config = find_recipe("cifar10-resnet18")
-    device = torch.device("cpu")
-    prepare(config.train, device)
+    cpu = torch.device("cpu")
+    device.prepare(config.train, cpu)
     network = build(Architecture("small_resnet18", 10)).to(memory_format=torch.channels_last)
     batches = ResidentBatches(
         images,
@@ -113,7 +126,7 @@ def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
         accumulation_steps=1,
         seed=0,
         num_classes=10,
-        device=device,
+        device=cpu,
         channels_last=True,
     )
     rule = UpdateRule(
@@ -121,12 +134,12 @@ def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
         forward=network,
         loss_fn=make_loss(config.loss),
         optimizer=make_optimizer(network, config.optim),
-        scaler=make_scaler(config.train, device),
+        scaler=device.make_scaler(config.train, cpu),
         lr_factor=lambda _: 1.0,
-        autocast=partial(autocast, config.train, device),
+        autocast=partial(device.autocast, config.train, cpu),
         accumulation_steps=1,
         max_grad_norm=0.0,
-        frozen_backbone=False,
+        freeze="none",
         seed=0,
     )
     return train_steps(rule, batches.batches(0), start_step=0, total_steps=10_000)

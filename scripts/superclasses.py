@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 SUPERCLASSES = {
     "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
     "dog": [*range(151, 269)],
-    "food": [*range(924, 970)],
+    "food": [*range(924, 958), *range(959, 970)],
     "furniture": [423, 431, 453, 493, 495, 516, 520, 526, 532, 548, 553, 559, 564, 648, 703, 736]
     + [765, 831, 846, 857, 861, 894],
     "other mammal": [*range(102, 107), *range(147, 151), *range(269, 300), *range(330, 389)],

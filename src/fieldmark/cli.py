@@ -52,13 +52,16 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [runs/RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    pie: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Class distribution of each split.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe; the run's folder ends with a package and a test result.
 
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """
-    result = pipeline.train(recipe, settings or [], out=out, resume=resume)
+    result = pipeline.train(recipe, settings or [], out=out, resume=resume, pie=pie)
     _finish(result, as_json, show.show_run)
 
 

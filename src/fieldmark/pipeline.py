@@ -50,6 +50,7 @@ def train(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    pie: str | Path | None = None,
 ) -> Result:
     """Train a recipe and return the run: its folder ends with a package and a test result.
 
@@ -58,6 +59,7 @@ def train(
         settings: "section.key=value" over the recipe.
         out: the run's folder; default runs/RECIPE. It must not exist, unless `resume`.
         resume: go on with the run in `out`, with its own configuration.
+        pie: a PNG of the class distribution of each split.
     """
     require("torch", "train", "training")
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
@@ -69,7 +71,9 @@ def train(
     with run:
         if (run.path / RESULT_FILE).is_file():
             say(f"run {run.path} has ended already: nothing to resume")
-            return Result(run.path, read_json(run.path / RESULT_FILE))
+            facts = read_json(run.path / RESULT_FILE)
+            _draw_classes(facts, pie)
+            return Result(run.path, facts)
         config = run.config()
         try:
             ready = start_session(run, config, make_validation)
@@ -92,9 +96,14 @@ def train(
             network=trained.network,
             architecture=ready.architecture,
             pretrained=ready.pretrained,
-            training={"steps": trained.step, "selected_by": selected_by},
+            training={
+                "steps": trained.step,
+                "selected_by": selected_by,
+                "broken": [list(pair) for pair in (*ready.splits.broken, *ready.images.broken)],
+            },
             device=ready.session.device,
         )
+    _draw_classes(facts, pie)
     return Result(run.path, facts | {"images_per_s": trained.images_per_s})
 
 
@@ -337,6 +346,13 @@ def package_folder(model: str | Path) -> Path:
 
     found = find_package(Path(model))
     return found if found is not None else open_package(Path(model)).path
+
+
+def _draw_classes(facts: dict[str, Any], pie: str | Path | None) -> None:
+    from fieldmark.data.counts import save_pie
+
+    if pie is not None:
+        save_pie(Path(pie), facts["class_counts"], title=facts["data"])
 
 
 def _evaluation_folder(model: str, split: str, variant: str) -> Path | None:

@@ -51,6 +51,9 @@ def show_run(result: Result) -> None:
     """Show what a run ended with."""
     facts = result.facts
     _print_class_counts(facts["class_counts"])
+    if facts["broken"]:
+        named = ", ".join(name for name, _ in facts["broken"][:5])
+        typer.echo(f"left out: {len(facts['broken'])} broken images ({named})")
     for name, origin in facts["splits"].items():
         typer.echo(f"{name}: {origin}")
     if facts["measured_on"]:

@@ -71,9 +71,9 @@ def finish_run(
         "seed": config.train.seed,
         "splits": splits.origin,
         "num_images": {name: len(split) for name, split in splits.parts().items()},
-        "broken": [list(pair) for pair in splits.broken],
     }
     facts = {
+        "data": data.source,
         "package": str(folder / "package"),
         "num_parameters": num_parameters(network),
         "architecture": architecture.name,

@@ -5,7 +5,7 @@ Importing this room registers our own builders with timm, so that `timm.create_m
 
 from fieldmark.model.airnet import AirNet
 from fieldmark.model.build import Architecture, Weights, build, check_image_size, num_parameters
-from fieldmark.model.freeze import freeze_backbone, head_parameters, set_train_mode
+from fieldmark.model.freeze import Freeze, freeze_backbone, head_parameters, set_train_mode
 from fieldmark.model.inference import InferenceModule, eager_predict
 from fieldmark.model.small_input import adapt_architecture, opens_in, register_small_builders
 
@@ -14,6 +14,7 @@ register_small_builders()
 __all__ = [
     "AirNet",
     "Architecture",
+    "Freeze",
     "InferenceModule",
     "Weights",
     "adapt_architecture",

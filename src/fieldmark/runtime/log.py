@@ -50,13 +50,14 @@ class Bar:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
             )
-            self._task = self._progress.add_task(title, total=total, note="")
+            self._task = self._progress.add_task(title, total=total, note="", rate="")
 
     def start(self, done: int = 0) -> None:
         """Begin at `done`: what was done before does not count in the rate."""
@@ -70,11 +71,12 @@ class Bar:
         """Add `count`; `note` is shown beside the bar."""
         self.done += count
         now = time.monotonic()
+        rate = (self.done - self._at_start) / max(now - self._started, 1e-9)
         if self._progress:
-            self._progress.update(self._task, completed=self.done, note=note)
+            shown = f"{rate:.1f} {self.unit}/s"
+            self._progress.update(self._task, completed=self.done, note=note, rate=shown)
         elif now - self._spoke >= PLAIN_EVERY_S:
             self._spoke = now
-            rate = (self.done - self._at_start) / max(now - self._started, 1e-9)
             left_s = (self.total - self.done) / rate if rate else 0.0
             say(
                 f"{self.title}: {self.done}/{self.total} {self.unit}  {note}  "

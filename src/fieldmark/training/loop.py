@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fieldmark.model import set_train_mode
+from fieldmark.model import Freeze, set_train_mode
 from fieldmark.runtime.seed import derive_seed
 from fieldmark.training.losses import LossFn
 
@@ -38,7 +38,7 @@ class UpdateRule:
     autocast: Callable[[], AbstractContextManager[object]]
     accumulation_steps: int
     max_grad_norm: float  # 0: no clipping
-    frozen_backbone: bool
+    freeze: Freeze
     seed: int
 
 
@@ -57,7 +57,7 @@ def train_steps(
     """
     params = [p for group in rule.optimizer.param_groups for p in group["params"]]
     for index in range(start_step + 1, total_steps + 1):
-        set_train_mode(rule.network, frozen_backbone=rule.frozen_backbone)
+        set_train_mode(rule.network, rule.freeze)
         # Dropout and drop-path draw from the global generator: seeded by the update, a resumed
         # run draws what the undisturbed one would have drawn.
         torch.manual_seed(derive_seed(rule.seed, "update", index))

@@ -43,6 +43,7 @@ class TrainImages:
     split: Split
     pixels: npt.NDArray[np.uint8] | None  # (N, H, W, 3) when resident
     labels: npt.NDArray[np.int64] | None  # those of `pixels`: broken images are left out
+    broken: list[tuple[str, str]]  # name and reason of each image left out so far
 
 
 def load_train_images(
@@ -61,6 +62,7 @@ def load_train_images(
     resident = fits_resident(split, spec, augment, data)
     decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
     pixels = labels = None
+    broken: list[tuple[str, str]] = []
     if resident:
         pixels, labels, broken = load_resident(split, spec, data.max_resident_mb * 2**20)
         report_broken(broken, len(split), data.max_broken_frac)
@@ -69,7 +71,7 @@ def load_train_images(
         measured = decide("normalisation", measure_normalisation(sample), "of the train images")
         mean, std = (tuple(values) for values in measured)  # type: ignore[attr-defined]
         spec = spec.model_copy(update={"mean": mean, "std": std})
-    return TrainImages(spec, split, pixels, labels)
+    return TrainImages(spec, split, pixels, labels, broken)
 
 
 def check_splits(
@@ -153,6 +155,11 @@ def make_batches(
             device=device,
             channels_last=train.channels_last,
         )
+
+    def skip(name: str, reason: str) -> None:
+        warn(f"skipped {name}: {reason}")
+        images.broken.append((name, reason))
+
     return FileBatches(
         images.split,
         images.preprocess,
@@ -163,7 +170,7 @@ def make_batches(
         num_classes=num_classes,
         num_workers=data.num_workers,
         max_broken_frac=data.max_broken_frac,
-        on_broken=lambda name, reason: warn(f"skipped {name}: {reason}"),
+        on_broken=skip,
         device=device,
         channels_last=train.channels_last,
     )

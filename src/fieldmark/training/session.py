@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
 from fieldmark.errors import CheckpointError, NonFiniteLoss, RunError
+from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
 from fieldmark.training.checkpoint import (
     Best,
@@ -83,7 +84,7 @@ class Session:
         optim: OptimConfig,
         schedule: ScheduleConfig,
         loss: LossConfig,
-        frozen_backbone: bool,
+        freeze: Freeze,
         device: torch.device,
     ) -> None:
         if train.channels_last:
@@ -109,7 +110,7 @@ class Session:
             autocast=partial(autocast, train, device),
             accumulation_steps=train.accumulation_steps,
             max_grad_norm=optim.max_grad_norm,
-            frozen_backbone=frozen_backbone,
+            freeze=freeze,
             seed=train.seed,
         )
         self.lr = optim.lr

@@ -101,7 +101,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         optim=config.optim,
         schedule=config.schedule,
         loss=config.loss,
-        frozen_backbone=config.model.freeze == "backbone",
+        freeze=config.model.freeze,
         device=device,
     )
     return Ready(session, splits, images, architecture, pretrained)

@@ -150,7 +150,7 @@ def test_weights_of_other_classes_get_a_new_head_and_wrong_ones_are_refused(
 def test_a_frozen_backbone_neither_learns_nor_moves_its_statistics() -> None:
     network = build(Architecture("test_resnet", 3))
     freeze_backbone(network)
-    set_train_mode(network, frozen_backbone=True)
+    set_train_mode(network, "backbone")
     before = {key: value.clone() for key, value in network.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
     network(torch.randn(8, 3, 64, 64)).square().mean().backward()
@@ -158,8 +158,11 @@ def test_a_frozen_backbone_neither_learns_nor_moves_its_statistics() -> None:
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"fc.weight", "fc.bias"}
     assert len(head_parameters(network)) == 2
-    set_train_mode(network, frozen_backbone=False)
+    set_train_mode(network, "none")
     assert network.bn1.training
+    set_train_mode(network, "statistics")
+    assert network.training
+    assert not network.bn1.training
 
 
 @pytest.mark.shared

@@ -3,10 +3,12 @@
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for packaging_data, beside this file
 
@@ -26,6 +28,15 @@ from fieldmark.packaging.export import OPSET, export_onnx, export_torchscript
 from fieldmark.packaging.golden import make_golden, synthetic_images
 from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.packaging.write import add_variant
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than so small a network, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

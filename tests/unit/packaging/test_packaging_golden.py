@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -143,12 +144,27 @@ def test_a_format_this_pillow_lacks_is_caught(
     assert not check.passed
 
 
-def test_a_pickle_in_the_arrays_is_not_run(folder: Path, made: Made) -> None:
+class _Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_in_the_arrays_is_not_run(folder: Path, made: Made, tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
     arrays = io.BytesIO()
-    np.savez(arrays, pixels=np.array([{"a": 1}], dtype=object), logits=np.zeros((6, 5), np.float32))
+    trap = np.array([_Trap(sprung)], dtype=object)
+    np.savez(arrays, pixels=trap, logits=np.zeros((6, 5), np.float32))
     put_file(folder, "golden/samples.npz", arrays.getvalue())
     with pytest.raises(PackageError, match="golden samples"):
         check_golden(open_package(folder), made.eager)
+    assert not sprung.exists()
+    np.load(io.BytesIO(arrays.getvalue()), allow_pickle=True)["pixels"]
+    assert sprung.exists()  # the trap does work
 
 
 def test_arrays_that_unpack_to_more_are_refused(folder: Path) -> None:

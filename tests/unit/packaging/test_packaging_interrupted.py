@@ -1,6 +1,7 @@
 """Changers at the same time, and killed ones: the folder opens, as the old or the new."""
 
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -129,6 +130,27 @@ def test_killed_at_any_step_a_change_leaves_the_old_or_the_new(
     assert outcomes[0]
     assert not outcomes[-1]
     assert outcomes == sorted(outcomes, reverse=True)  # once new, never old again
+
+
+def test_a_disk_that_fills_up_within_a_file_leaves_the_old(folder: Path) -> None:
+    before, names = open_package(folder), _names(folder)
+    child = os.fork()
+    if child == 0:
+        try:
+            # Enough for the variant, but not for the whole manifest, which comes after it.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+            add_variant(folder, "onnx", b"new bytes", kind="onnx", opset=20)
+        except PackageError:
+            os._exit(3)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert (folder / "manifest.json").stat().st_size > 500
+    assert open_package(folder).id == before.id
+    open_package(folder).check_files()
+    assert names <= _names(folder)
+    after = add_variant(folder, "onnx", b"other bytes", kind="onnx", opset=20)
+    assert _names(folder) == {"manifest.json", *after.manifest.files}
 
 
 def test_killed_at_any_step_replacing_leaves_the_old_or_the_new(

@@ -85,6 +85,15 @@ def test_what_is_not_a_manifest_is_one_sentence(folder: Path, text: str) -> None
         open_package(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_json_are_refused_where_any_value_may_stand(
+    folder: Path, value: float
+) -> None:
+    edit_manifest(folder, metrics={"val": {"loss": value}})  # json.dumps writes NaN and Infinity
+    with pytest.raises(PackageError, match="is not JSON"):
+        open_package(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

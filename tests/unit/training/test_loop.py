@@ -38,7 +38,7 @@ def make_rule(network: nn.Module, optim: OptimConfig, accumulation_steps: int = 
         autocast=contextlib.nullcontext,
         accumulation_steps=accumulation_steps,
         max_grad_norm=optim.max_grad_norm,
-        frozen_backbone=False,
+        freeze="none",
         seed=0,
     )
 

@@ -1,0 +1,98 @@
+"""What README and docs tell people to type exists: verbs, options, recipes, settings."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from fieldmark import cli
+from fieldmark.cookbook import load_recipe
+from fieldmark.errors import FieldmarkError
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    found = []
+    for block in blocks(page, "sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["fieldmark"]:
+                found.append(words[1:])
+    return found
+
+
+ALL = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(ALL) >= 20
+    assert {"README.md", "tutorial.md"} <= {name for name, _ in ALL}
+
+
+@pytest.mark.parametrize(("page", "words"), ALL, ids=lambda value: str(value)[:60])
+def test_a_command_exists_with_its_options(page: str, words: list[str]) -> None:
+    group = get_command(cli.app)
+    verb, *rest = words
+    command = group.commands[verb]  # type: ignore[attr-defined]
+    command.make_parser(command.make_context(verb, ["--help"], resilient_parsing=True)).parse_args(
+        list(rest)
+    )
+    if verb == "train" and rest[:1] and not rest[0].startswith("-"):
+        settings = [word for word in rest[1:] if "=" in word and not word.startswith("-")]
+        try:
+            load_recipe(rest[0], settings)
+        except FieldmarkError as error:
+            pytest.fail(str(error))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_written(in_empty_folder: Path) -> None:
+    """Every command of the tutorial, in order; the service is asked by its own curl line."""
+    import json
+    import subprocess
+    import sys
+    import urllib.request
+
+    bin_folder = Path(sys.executable).parent
+    for words in commands(ROOT / "docs" / "tutorial.md"):
+        program = [str(bin_folder / "fieldmark"), *words]
+        if words[0] != "serve":
+            done = subprocess.run(program, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (words, done.stderr[-800:])
+            continue
+        program[program.index("--port") + 1] = "0"
+        process = subprocess.Popen([*program, "--json"], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            image = (in_empty_folder / "runs/first/package/golden/000.png").read_bytes()
+            request = urllib.request.Request(f"{url}/v1/classify?top_k=3", image)
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert len(json.load(answer)["predictions"]) == 3
+        finally:
+            process.terminate()
+            assert process.wait(timeout=30) == 0
+    assert (in_empty_folder / "classes.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_example_of_the_readme_runs(in_empty_folder: Path) -> None:
+    (block,) = blocks(ROOT / "README.md", "python")
+    namespace: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert (in_empty_folder / "runs/two-epochs/package/manifest.json").is_file()
