@@ -83,6 +83,7 @@ def _small_builder(stock: str) -> Callable[..., nn.Module]:
             pretrained_cfg={**stock_cfg, **_as_dict(given)},
             pretrained_cfg_overlay=overlay,
         ).to_dict()
+        kwargs.setdefault("num_classes", cfg["num_classes"])
         network: nn.Module = timm.models.model_entrypoint(stock)(pretrained=False, **kwargs)
         _shrink_stem(network)
         network.pretrained_cfg = network.default_cfg = cfg
@@ -90,7 +91,7 @@ def _small_builder(stock: str) -> Callable[..., nn.Module]:
             load_pretrained(
                 network,
                 pretrained_cfg=cfg,
-                num_classes=kwargs.get("num_classes", cfg["num_classes"]),
+                num_classes=kwargs["num_classes"],
                 in_chans=kwargs.get("in_chans", 3),
             )
         return network

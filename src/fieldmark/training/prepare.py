@@ -127,20 +127,23 @@ def make_network(
     return network, architecture
 
 
+def initialise_from_images(network: nn.Module, images: TrainImages) -> None:
+    """Set the weights that a new network takes from its images, such as whitening filters."""
+    initialise = getattr(network, "init_from_images", None)
+    if initialise is not None:
+        initialise(_normalised_sample(images))
+
+
 def make_batches(
     images: TrainImages,
     *,
-    network: nn.Module,
     data: DataConfig,
     augment: AugmentConfig,
     train: TrainConfig,
     num_classes: int,
     device: torch.device,
 ) -> Batches:
-    """Return training batches from memory or from files; whitens a network that asks for it."""
-    initialise = getattr(network, "init_from_images", None)
-    if initialise is not None:
-        initialise(_normalised_sample(images))
+    """Return training batches from memory or from files."""
     if images.pixels is not None and images.labels is not None:
         return ResidentBatches(
             images.pixels,

@@ -16,6 +16,7 @@ from fieldmark.training.device import pick_device, prepare
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
+    initialise_from_images,
     load_train_images,
     make_batches,
     make_network,
@@ -76,9 +77,10 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         image_px=images.preprocess.height_px,
         seed=train.seed,
     )
+    if pretrained is None:
+        initialise_from_images(network, images)
     batches = make_batches(
         images,
-        network=network,
         data=data,
         augment=config.augment,
         train=train,
