@@ -57,7 +57,9 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe; the run's folder ends with a package and a test result.
+    """Train a recipe into a run and its package.
+
+    The run's folder ends with a package and a test result.
 
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """
@@ -80,7 +82,9 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on labelled images, matched by class name.
+    """Measure a model on labelled images.
+
+    Labels are matched to the model's classes by name.
 
     Example: fieldmark evaluate runs/smoke --data cifar10
     """
@@ -112,7 +116,9 @@ def package(
     license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Make a package from foreign weights, or from a run with other golden samples.
+    """Make a package from foreign weights.
+
+    Or from a run, with other golden samples.
 
     Example: fieldmark package timm:resnet50.a1_in1k --out packages/resnet50
     """
@@ -136,7 +142,7 @@ def export(
     data: Data = "",
     as_json: Json = False,
 ) -> None:
-    """Add an exported variant to a package, and verify it.
+    """Add an exported variant, and verify it.
 
     Example: fieldmark export runs/smoke --to onnx
     """
@@ -154,9 +160,11 @@ def verify(
     max_images: Annotated[int, typer.Option(min=1)] = pipeline.MAX_PARITY_IMAGES,
     as_json: Json = False,
 ) -> None:
-    """Check files, golden samples, and every variant against the trained model.
+    """Check a package against its trained model.
 
-    Exit status 1 when a check fails. Example: fieldmark verify runs/smoke
+    Files, golden samples, and each variant on real images. Exit status 1 when a check fails.
+
+    Example: fieldmark verify runs/smoke
     """
     result = pipeline.verify(
         model, data=data, split=split, variants=variant or [], max_images=max_images
@@ -176,7 +184,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     as_json: Json = False,
 ) -> None:
-    """Classify images: ranked classes with probabilities.
+    """Classify images: ranked classes.
 
     A broken file is reported and the rest goes on; the exit status is then 1.
     """
@@ -202,7 +210,9 @@ def serve(
     max_pixels: Annotated[int, typer.Option(min=1)] = 50_000_000,
     as_json: Json = False,
 ) -> None:
-    """Serve a package over HTTP: POST an image to /v1/classify.
+    """Serve a package over HTTP.
+
+    POST an image to /v1/classify.
 
     Example: fieldmark serve runs/smoke --port 8000
     """
@@ -219,7 +229,7 @@ def serve(
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
-    """List the recipes, and whether their results were measured or published."""
+    """List the recipes and their results."""
     listed = pipeline.recipes()
     if as_json:
         show.print_json({"recipes": listed})
@@ -239,7 +249,10 @@ def info(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Describe a package, a run, or a data source (class counts for each split)."""
+    """Describe a package, a run, or a data source.
+
+    Of a data source: the images of each class in each split.
+    """
     _finish(pipeline.info(target, pie=pie), as_json, show.show_info)
 
 
@@ -248,7 +261,10 @@ def quickstart(
     out: Annotated[Path | None, typer.Option(help="The run's folder [runs/quickstart].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the whole job on scikit-learn's handwritten digits; no download."""
+    """Run the whole job on handwritten digits.
+
+    They come with scikit-learn: no download.
+    """
     _finish(pipeline.quickstart(out), as_json, show.show_quickstart)
 
 
