@@ -119,6 +119,7 @@ class Session:
         self.start = self._restore()
         self.done = self.start
         self._pending: list[Step] = []
+        self._note = ""  # what the progress bar shows of the last update that was read
         self._saved_at = self.start
 
     def fit(self) -> TrainResult:
@@ -178,8 +179,6 @@ class Session:
             train_s=seconds,
             images_per_s=trained / seconds if trained else 0.0,
         )
-
-    _note = ""
 
     def _flush(self) -> None:
         """Read the pending steps' tensors, check them, and write their lines."""

@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL, again and again, and compare it with an undisturbed one.
 
-    .venv/bin/python scripts/kill_test.py            # both data paths, about 4 minutes
-    .venv/bin/python scripts/kill_test.py --path files
+    .venv/bin/python benchmarks/kill_test.py            # both data paths, about 4 minutes
+    .venv/bin/python benchmarks/kill_test.py --path files
 
 The run has everything that draws at random or carries state: drop-path, mixup, cutout, a moving
 average, accumulation over 2 passes, 2 threads; once with the images in memory, once from files
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 
 from fieldmark.training.checkpoint import load_checkpoint
@@ -53,14 +54,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", choices=["resident", "files", "both"], default="both")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--write", action="store_true", help="write the results file")
     options = parser.parse_args()
     paths = ["resident", "files"] if options.path == "both" else [options.path]
     with tempfile.TemporaryDirectory() as name:
         results = {path: run_path(path, Path(name)) for path in paths}
     passed = all(result["passed"] for result in results.values())
+    if options.write:
+        write_results({"passed": passed, **results})
     if options.json:
         print(json.dumps({"passed": passed, **results}))
     return 0 if passed else 1
+
+
+def write_results(content: dict[str, Any]) -> None:
+    """Write benchmarks/results/kill_test.json."""
+    results_file.write("kill_test", "benchmarks/kill_test.py --write", content)
 
 
 def run_path(path: str, work: Path) -> dict[str, Any]:
