@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
 
     A training step frees and allocates the same hundreds of megabytes of activations again and
     again. By default each large block is a mapping of its own, whose pages the kernel must fault
-    in and clear every time: on two cores a quarter of the time of a small network's step.
+    in and clear every time. What that costs is in benchmarks/results/train_step.json.
     """
     if not sys.platform.startswith("linux"):
         return False

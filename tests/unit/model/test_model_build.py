@@ -66,6 +66,16 @@ def test_patch_networks_keep_their_stock_name(name: str, args: dict[str, int]) -
     check_image_size(build(adapted), 32)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])
+def test_each_family_has_a_stock_form_too(name: str) -> None:
+    stock = Architecture(name, 4)
+    assert adapt_architecture(stock, 32, "never") == (stock, "")
+    adapted, _ = adapt_architecture(stock, 32, "auto")
+    assert num_parameters(build(stock)) != num_parameters(build(adapted)) or (
+        adapted.name != stock.name
+    )
+
+
 def test_large_inputs_unknown_families_and_never_are_left_alone() -> None:
     resnet, vgg = Architecture("resnet18", 4), Architecture("vgg11_bn", 4)
     assert adapt_architecture(resnet, 224, "auto") == (resnet, "")
