@@ -129,9 +129,9 @@ def kill_and_resume(arguments: list[str], out: Path) -> list[dict[str, Any]]:
         process = start(arguments, out) if not kills else start(["--resume"], out)
         folder = out / "checkpoints"
         if kind == "early":
-            # The run exists and trains, but has not saved anything yet.
-            wait(process, lambda: (out / "decisions.jsonl").exists())
-            time.sleep(0.3)
+            # The network is built and the updates begin, but nothing has been saved yet.
+            wait(process, lambda: total_steps(out) > 0)
+            time.sleep(0.2)
         else:
             steps_per_epoch = steps_per_epoch or wait_for_epoch_length(process, out)
             target = epoch * steps_per_epoch + 1

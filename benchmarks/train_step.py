@@ -137,6 +137,7 @@ def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
         scaler=device.make_scaler(config.train, cpu),
         lr_factor=lambda _: 1.0,
         autocast=partial(device.autocast, config.train, cpu),
+        batch_size=BATCH_SIZE,
         accumulation_steps=1,
         max_grad_norm=0.0,
         freeze="none",

@@ -1,9 +1,10 @@
 """The command line: verbs only. A stage is imported when its verb is used."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -38,6 +39,8 @@ Model = Annotated[
 Package = Annotated[
     str, typer.Argument(metavar="PACKAGE", help="A package, or a run.", show_default=False)
 ]
+ImageColumn = Annotated[str, typer.Option(help="Of an hf: source with several.")]
+LabelColumn = Annotated[str, typer.Option(help="Of an hf: source with several.")]
 SOURCES = "cifar10, cifar100, digits, folder:PATH, imagenet:PATH, hf:NAME_OR_PATH"
 
 
@@ -77,6 +80,8 @@ def evaluate(
     classes: Classes = None,
     image_px: ImagePx = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and predictions.npz.")
     ] = None,
@@ -97,6 +102,8 @@ def evaluate(
         classes=classes,
         image_px=image_px,
         batch_size=batch_size,
+        image_column=image_column,
+        label_column=label_column,
         out=out,
     )
     _finish(result, as_json, show.show_evaluation)
@@ -107,6 +114,8 @@ def package(
     model: Model,
     out: Annotated[Path, typer.Option(help="The package's folder.")],
     data: Data = "",
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     golden: Annotated[
         pipeline.Golden, typer.Option(help="Golden samples: auto is data where it is given.")
     ] = "auto",
@@ -126,6 +135,8 @@ def package(
         model,
         out,
         data=data,
+        image_column=image_column,
+        label_column=label_column,
         golden=golden,
         arch=arch,
         classes=classes,
@@ -158,6 +169,8 @@ def verify(
         list[str] | None, typer.Option(help="Only this variant; may be repeated.")
     ] = None,
     max_images: Annotated[int, typer.Option(min=1)] = pipeline.MAX_PARITY_IMAGES,
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     as_json: Json = False,
 ) -> None:
     """Check a package against its trained model.
@@ -167,7 +180,13 @@ def verify(
     Example: fieldmark verify runs/smoke
     """
     result = pipeline.verify(
-        model, data=data, split=split, variants=variant or [], max_images=max_images
+        model,
+        data=data,
+        image_column=image_column,
+        label_column=label_column,
+        split=split,
+        variants=variant or [],
+        max_images=max_images,
     )
     _finish(result, as_json, show.show_verification)
 
@@ -247,13 +266,16 @@ def info(
     pie: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Class distribution of a data source.")
     ] = None,
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     as_json: Json = False,
 ) -> None:
     """Describe a package, a run, or a data source.
 
     Of a data source: the images of each class in each split.
     """
-    _finish(pipeline.info(target, pie=pie), as_json, show.show_info)
+    columns = {"image_column": image_column, "label_column": label_column}
+    _finish(pipeline.info(target, pie=pie, **columns), as_json, show.show_info)
 
 
 @app.command()
@@ -270,16 +292,26 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except FieldmarkError as error:
-        if "--json" in sys.argv:
-            show.print_json({"error": {"code": error.code, "message": str(error)}})
-        log.say(f"fieldmark: {error}")
-        sys.exit(error.exit_status)
+        _fail(error.code, str(error), error.exit_status)
+    except OSError as error:  # a path that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        _fail("system", f"{where}{error.strerror or error}.", 2)
     except KeyboardInterrupt:
         log.say("fieldmark: interrupted")
         sys.exit(130)
+
+
+def _fail(code: str, message: str, status: int) -> NoReturn:
+    if "--json" in sys.argv:
+        show.print_json({"error": {"code": code, "message": message}})
+    log.say(f"fieldmark: {message}")
+    sys.exit(status)
 
 
 @app.callback(invoke_without_command=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fieldmark.errors import (
+    ConfigError,
     FieldmarkError,
     MissingDependency,
     PackageError,
@@ -64,9 +65,12 @@ def train(
     require("torch", "train", "training")
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
-    from fieldmark.training.session import summary_sentence
+    from fieldmark.training.prepare import BROKEN
+    from fieldmark.training.session import Interrupted, summary_sentence
     from fieldmark.training.start import open_run, start_session
 
+    if pie is not None and not Path(pie).absolute().parent.is_dir():
+        raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
     run = open_run(recipe, settings, None if out is None else Path(out), resume)
     with run:
         if (run.path / RESULT_FILE).is_file():
@@ -88,31 +92,39 @@ def train(
             {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
             "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
         )
-        facts = finish_run(
-            run.path,
-            config,
-            splits=ready.splits,
-            preprocess=ready.images.preprocess,
-            network=trained.network,
-            architecture=ready.architecture,
-            pretrained=ready.pretrained,
-            training={
-                "steps": trained.step,
-                "selected_by": selected_by,
-                "broken": [list(pair) for pair in (*ready.splits.broken, *ready.images.broken)],
-            },
-            device=ready.session.device,
-        )
+        try:
+            facts = finish_run(
+                run.path,
+                config,
+                splits=ready.splits,
+                preprocess=ready.images.preprocess,
+                network=trained.network,
+                architecture=ready.architecture,
+                pretrained=ready.pretrained,
+                training={
+                    "steps": trained.step,
+                    "selected_by": selected_by,
+                    "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
+                },
+                device=ready.session.device,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped after training, before the package was written. "
+                f"Resume with: fieldmark train --resume --out {run.path}"
+            ) from None
     _draw_classes(facts, pie)
     return Result(run.path, facts | {"images_per_s": trained.images_per_s})
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     data: str,
     *,
     split: str = "auto",
     variant: str = "torch",
+    image_column: str = "",
+    label_column: str = "",
     arch: str = "",
     classes: Path | None = None,
     image_px: int = 0,
@@ -127,6 +139,7 @@ def evaluate(
         split: train, val, test or all; auto takes the test split, or what was held out of this
             source when the model was trained on it, or all of a folder that has no splits.
         variant: torch (the reference), or an exported variant of a package.
+        image_column, label_column: of an hf: source that has several.
         out: where metrics.json and predictions.npz go; default: beside a run, else nowhere.
     """
     require("torch", "train", "evaluating on a data source")
@@ -136,10 +149,10 @@ def evaluate(
     from fieldmark.evaluation.splits import pick_split
     from fieldmark.packaging.resolve import resolve_model
 
-    resolved = resolve_model(model, arch=arch, classes_file=classes, image_px=image_px)
+    resolved = resolve_model(str(model), arch=arch, classes_file=classes, image_px=image_px)
     class_names = resolved.require_class_names()
-    source = open_source(data)
-    chosen = pick_split(source, split, training=resolved.training, preprocess=resolved.preprocess)
+    source = open_source(data, image_column=image_column, label_column=label_column)
+    chosen = pick_split(source, split, training=resolved.training)
     say(f"{resolved.name} ({variant}) on {len(chosen)} images: {data}, {chosen.name}")
     evaluation = evaluate_split(
         open_backend(resolved, variant),
@@ -150,7 +163,7 @@ def evaluate(
         class_descriptions=resolved.class_descriptions,
         batch_size=batch_size,
     )
-    about = {"model": model, "variant": variant, "data": data, "split": chosen.name}
+    about = {"model": str(model), "variant": variant, "data": data, "split": chosen.name}
     folder = Path(out) if out else _evaluation_folder(model, chosen.name, variant)
     if folder is not None:
         write_evaluation(
@@ -164,10 +177,12 @@ def evaluate(
 
 
 def package(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     data: str = "",
+    image_column: str = "",
+    label_column: str = "",
     golden: Golden = "auto",
     arch: str = "",
     classes: Path | None = None,
@@ -182,15 +197,18 @@ def package(
         license: of the weights, where they do not say it themselves.
     """
     require("torch", "train", "packaging")
+    from fieldmark.data.source import open_source
     from fieldmark.evaluation.finish import package_model
     from fieldmark.packaging.resolve import resolve_model
 
-    resolved = resolve_model(model, arch=arch, classes_file=classes, image_px=image_px)
-    facts = package_model(resolved, Path(out), data=data, golden=golden, license=license)
+    resolved = resolve_model(str(model), arch=arch, classes_file=classes, image_px=image_px)
+    columns = {"image_column": image_column, "label_column": label_column}
+    source = open_source(data, **columns) if data else None
+    facts = package_model(resolved, Path(out), source=source, golden=golden, license=license)
     return Result(Path(out), facts)
 
 
-def export(model: str, to: ExportFormat = "onnx", *, data: str = "") -> Result:
+def export(model: str | Path, to: ExportFormat = "onnx", *, data: str = "") -> Result:
     """Export a package (or a run's) to onnx or torchscript, and verify the result.
 
     Args:
@@ -217,9 +235,11 @@ def export(model: str, to: ExportFormat = "onnx", *, data: str = "") -> Result:
 
 
 def verify(
-    model: str,
+    model: str | Path,
     *,
     data: str = "",
+    image_column: str = "",
+    label_column: str = "",
     split: str = "auto",
     variants: Sequence[str] = (),
     max_images: int = MAX_PARITY_IMAGES,
@@ -236,14 +256,19 @@ def verify(
 
     folder = package_folder(model)
     facts, passed = verify_package(
-        folder, data=data, split=split, variants=variants, max_images=max_images
+        folder,
+        data=data,
+        columns={"image_column": image_column, "label_column": label_column},
+        split=split,
+        variants=variants,
+        max_images=max_images,
     )
     return Result(folder, facts, passed)
 
 
 def predict(
-    model: str,
-    images: Iterable[str | Path],
+    model: str | Path,
+    images: Iterable[str | Path] | str | Path,
     *,
     top_k: int = 5,
     variant: str = "auto",
@@ -259,6 +284,7 @@ def predict(
     from fieldmark.serving.files import classify_files
 
     predictor = _open_predictor(package_folder(model), variant)
+    images = [images] if isinstance(images, str | Path) else images
     return classify_files(predictor, images, top_k=top_k, batch_size=batch_size)
 
 
@@ -270,7 +296,7 @@ def write_csv(results: "Iterable[FileResult]", path: str | Path, *, top_k: int) 
 
 
 def serve(
-    model: str,
+    model: str | Path,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -312,7 +338,13 @@ def recipes() -> list[dict[str, str]]:
     ]
 
 
-def info(target: str, *, pie: str | Path | None = None) -> Result:
+def info(
+    target: str | Path,
+    *,
+    pie: str | Path | None = None,
+    image_column: str = "",
+    label_column: str = "",
+) -> Result:
     """Describe a package, a run, or a data source (class counts for each split).
 
     Args:
@@ -320,7 +352,8 @@ def info(target: str, *, pie: str | Path | None = None) -> Result:
     """
     from fieldmark.evaluation.describe import describe
 
-    return Result(None, describe(target, None if pie is None else Path(pie)))
+    columns = {"image_column": image_column, "label_column": label_column}
+    return Result(None, describe(str(target), None if pie is None else Path(pie), columns))
 
 
 def quickstart(out: str | Path | None = None) -> Result:
@@ -355,7 +388,7 @@ def _draw_classes(facts: dict[str, Any], pie: str | Path | None) -> None:
         save_pie(Path(pie), facts["class_counts"], title=facts["data"])
 
 
-def _evaluation_folder(model: str, split: str, variant: str) -> Path | None:
+def _evaluation_folder(model: str | Path, split: str, variant: str) -> Path | None:
     """Beside the checkpoints of a run; nowhere for other models."""
     run = Path(model)
     return run / "evaluations" / f"{split}-{variant}" if (run / "checkpoints").is_dir() else None

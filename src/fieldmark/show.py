@@ -30,7 +30,7 @@ def _print_scores(facts: dict[str, Any]) -> None:
     rows = [("top-1 accuracy", _rate(facts["top1_accuracy"]))]
     if "top5_accuracy" in facts:
         rows.append(("top-5 accuracy", _rate(facts["top5_accuracy"])))
-    rows.append(("balanced accuracy", f"{facts['balanced_accuracy']:.2%}"))
+    rows.append(("balanced accuracy", _rate(facts["balanced_accuracy"])))
     rows.append(("loss", f"{facts['loss']:.4f} nats"))
     facts_table(rows)
 

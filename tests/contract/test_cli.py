@@ -183,6 +183,48 @@ def test_labels_are_matched_by_name(
     assert "'gren' is none of them. Did you mean 'green'?" in " ".join(run.err.split())
 
 
+def test_a_source_that_changed_is_not_taken_for_unseen_images(
+    run: Cli, tmp_path: Path, tiny_settings: list[str], tiny_images: Path
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(tiny_images / "train", photos)
+    settings = [s for s in tiny_settings if not s.startswith(("data.source", "train.epochs"))]
+    settings += [f"data.source=folder:{photos}", "data.test_frac=0.25", "train.steps=2"]
+    assert run("train", "digits", *settings, "--out", out).status == 0
+    assert run("evaluate", out, "--data", f"folder:{photos}", "--json").json["num_examples"] == 16
+    shutil.copy(photos / "red" / "00.png", photos / "red" / "99.png")
+    run("evaluate", out, "--data", f"folder:{photos}")
+    assert run.status == 2
+    assert "Its fingerprint changed" in " ".join(run.err.split())
+    run("evaluate", out, "--data", f"folder:{photos}", "--split", "all")
+    assert run.status == 0
+
+
+def test_a_variant_that_disagreed_is_not_served_or_used(
+    run: Cli, tiny_package: Path, tiny_image_files: list[Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_package, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["variants"]["onnx"]["parity"]["top1_agreement"]["value"] = 0.5
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    run("predict", copy, tiny_image_files[0], "--variant", "onnx")
+    assert run.status == 1
+    assert "must agree with the trained model" in " ".join(run.err.split())
+
+
+def test_paths_that_cannot_be_written_are_one_sentence(run: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    run("train", "digits", "--out", file / "run")
+    assert run.status == 2
+    assert "Traceback" not in run.err
+    run("train", "digits", "--out", tmp_path / "run", "--pie", tmp_path / "no" / "pie.png")
+    assert run.status == 2
+    assert "must be in a folder that exists" in " ".join(run.err.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_broken_image_is_an_error_in_evaluation(
     run: Cli, tiny_package: Path, tiny_images: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,17 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_the_command_line_reference_is_current(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script, written = ROOT / "scripts" / "make_cli_reference.py", tmp_path / "cli.md"
+    subprocess.run([sys.executable, script, written], check=True)
+    assert written.read_text() == (ROOT / "docs" / "reference" / "cli.md").read_text(), (
+        "docs/reference/cli.md is out of date. Run: make docs"
+    )
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs_as_written(in_empty_folder: Path) -> None:
     """Every command of the tutorial, in order; the service is asked by its own curl line."""

@@ -127,3 +127,20 @@ def test_plain_install_predicts_and_serves_alike(
     served = json.loads(body)["predictions"][0]
     assert served["class_name"] == predicted["class_name"]
     assert served["probability"] == pytest.approx(predicted["probability"], abs=1e-4)
+
+
+def test_plain_install_checks_golden_samples_and_describes(
+    plain_bin: Path, tiny_package: Path, tmp_path: Path
+) -> None:
+    checked = json.loads(
+        run(plain_bin / "fieldmark", "verify", tiny_package, "--json", cwd=tmp_path)
+    )
+    onnx = checked["variants"]["onnx"]
+    assert onnx["golden"]["passed"]
+    assert onnx["parity"] is None
+    assert any("needs torch" in note for note in onnx["notes"])
+    described = json.loads(
+        run(plain_bin / "fieldmark", "info", tiny_package, "--json", cwd=tmp_path)
+    )
+    assert described["kind"] == "package"
+    assert "digits" in run(plain_bin / "fieldmark", "recipes", cwd=tmp_path)

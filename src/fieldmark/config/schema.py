@@ -16,14 +16,14 @@ class Section(BaseModel):
 
     # Groups of keys that say the same thing in different units: setting one clears the others.
     units: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    # A key that names something, and the key with that thing's own arguments.
-    arguments: ClassVar[dict[str, str]] = {}
+    # A key that names something -> the keys that belong to that thing, with what empties them.
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @classmethod
     def clears(cls, key: str) -> dict[str, Any]:
         """Return the keys that lose their meaning when `key` is set, with what empties them."""
         others = {name: 0 for group in cls.units if key in group for name in group if name != key}
-        return others | ({cls.arguments[key]: {}} if key in cls.arguments else {})
+        return others | cls.arguments.get(key, {})
 
     def _set_units(self, group: tuple[str, ...]) -> list[str]:
         return [name for name in group if getattr(self, name)]
@@ -60,7 +60,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """Which network, from which weights."""
 
-    arguments: ClassVar[dict[str, str]] = {"arch": "args"}
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {"arch": {"args": {}}}
 
     arch: str = ""  # empty: the architecture of `pretrained`
     pretrained: str = (
@@ -90,11 +90,11 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """How weights move. `name` is sgd, adamw, or any optimizer of timm.optim."""
 
-    arguments: ClassVar[dict[str, str]] = {"name": "args"}
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {"name": {"args": {}, "nesterov": False}}
 
     name: str = "sgd"
     lr: float = Field(gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd; others keep their betas
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # not of adamw
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
     decay_norm_and_bias: bool = True
@@ -160,6 +160,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "train: exactly one of checkpoint_epochs, checkpoint_steps must be above 0"
             )
+        if self.early_stop_epochs and self.early_stop_epochs < self.eval_epochs:
+            raise ValueError(
+                f"train.early_stop_epochs must be at least train.eval_epochs. "
+                f"Got {self.early_stop_epochs} and {self.eval_epochs}"
+            )
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulation_steps. "
@@ -203,6 +208,13 @@ class RunConfig(Section):
     def _consistent(self) -> Self:
         if self.train.early_stop_epochs and not self.data.val_frac:
             raise ValueError("train.early_stop_epochs needs a validation split. data.val_frac is 0")
+        if self.augment.resized_crop and self.augment.crop_pad_px:
+            raise ValueError(
+                "augment.resized_crop and augment.crop_pad_px are two ways to crop: set "
+                f"one of them to its zero. Got true and {self.augment.crop_pad_px}"
+            )
+        if self.optim.nesterov and self.optim.name.lower() != "sgd":
+            raise ValueError(f"optim.nesterov is a setting of sgd. Got {self.optim.name}")
         if self.data.storage == "resident" and self.augment.resized_crop:
             raise ValueError(
                 "augment.resized_crop reads original files and cannot be used with "

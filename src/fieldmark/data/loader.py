@@ -151,12 +151,14 @@ class FileBatches:
                 self._broken[name] = reason
                 self._on_broken(name, reason)
         count, total = len(self._broken), len(self._split)
-        if count > self._max_broken_frac * total or not len(batch.labels):
+        # With accumulation the update's other batches still have images.
+        is_empty = not len(batch.labels) and self._accumulation_steps == 1
+        if count > self._max_broken_frac * total or is_empty:
             listed = [f"{name}: {reason}" for name, reason in self._broken.items()]
             rule = (
                 f"at most {100 * self._max_broken_frac:g} % of the training images may be broken "
                 "(data.max_broken_frac)"
-                if len(batch.labels)
+                if not is_empty
                 else "a batch must have at least one whole image"
             )
             raise DataError(
@@ -166,6 +168,10 @@ class FileBatches:
 
     def _finish(self, batch: _Batch, micro: int) -> tuple[Tensor, Tensor]:
         count = len(batch.labels)
+        if not count:
+            spec = self._preprocess
+            shape = (0, 3, spec.height_px, spec.width_px)
+            return torch.empty(shape, device=self._device), batch.labels
         share = partner = None
         if self._augment.mixup_alpha:
             step, part = divmod(micro, self._accumulation_steps)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fieldmark.data.images import ArrayImages
 from fieldmark.data.labelled import Source, Split, fingerprint
@@ -21,14 +22,22 @@ def data_root() -> Path:
 
 
 def open_digits() -> Source:
-    """Return scikit-learn's 1,797 handwritten digits, 8 x 8, as one part that we divide."""
+    """Return scikit-learn's 1,797 handwritten digits as one part that we divide.
+
+    They are 8 x 8 and come enlarged to 32 px, so that networks for small images take them.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    pixels = np.repeat(grey_NHW[..., None], 3, axis=-1)
+    pixels = np.stack([_enlarged(grey) for grey in grey_NHW])
     names = [str(name) for name in digits.target_names]
     return _source("digits", names, {"all": (pixels, digits.target)})
+
+
+def _enlarged(grey_HW: Pixels) -> Pixels:
+    image = Image.fromarray(grey_HW).resize((32, 32), Image.Resampling.BICUBIC)
+    return np.asarray(image.convert("RGB"))
 
 
 def open_cifar(name: str) -> Source:

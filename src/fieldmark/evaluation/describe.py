@@ -8,11 +8,12 @@ from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.runtime.files import read_json
 
 
-def describe(target: str, pie: Path | None) -> dict[str, Any]:
+def describe(target: str, pie: Path | None, columns: dict[str, str]) -> dict[str, Any]:
     """Return facts about a package or run (needs no torch), or about a data source.
 
     Args:
         pie: where to draw the class distribution of a data source.
+        columns: image_column and label_column of an hf: source, "" where it has one of each.
     """
     path = Path(target)
     if (path / "manifest.json").is_file():
@@ -25,7 +26,7 @@ def describe(target: str, pie: Path | None) -> dict[str, Any]:
             f"folder:{target}."
         )
     else:
-        return describe_source(target, pie)
+        return describe_source(target, pie, columns)
     if pie is not None:
         raise ConfigError("--pie draws the classes of a data source. Got a package or a run.")
     return facts
@@ -77,12 +78,12 @@ def describe_run(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_source(spec: str, pie: Path | None) -> dict[str, Any]:
+def describe_source(spec: str, pie: Path | None, columns: dict[str, str]) -> dict[str, Any]:
     """Return class counts per split of a data source, drawing them where asked."""
     from fieldmark.data.counts import class_counts, save_pie
     from fieldmark.data.source import open_source
 
-    source = open_source(spec)
+    source = open_source(spec, **columns)
     counts = class_counts(source.splits, source.class_names)
     if pie is not None:
         save_pie(pie, counts, title=spec)

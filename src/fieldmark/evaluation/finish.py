@@ -9,10 +9,9 @@ from torch import nn
 from fieldmark import __version__
 from fieldmark.config import RunConfig
 from fieldmark.data.counts import class_counts
-from fieldmark.data.labelled import Split
-from fieldmark.data.source import open_source
+from fieldmark.data.labelled import Source, Split
 from fieldmark.data.split import Splits
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, ImageError
 from fieldmark.evaluation.backends import open_module
 from fieldmark.evaluation.run import Evaluation, evaluate_split, write_evaluation
 from fieldmark.evaluation.splits import pick_split, spread_over
@@ -113,7 +112,7 @@ def finish_run(
 
 
 def package_model(
-    model: ResolvedModel, out: Path, *, data: str, golden: str, license: str
+    model: ResolvedModel, out: Path, *, source: Source | None, golden: str, license: str
 ) -> dict[str, Any]:
     """Write a package of any resolved model; measure it where data is given.
 
@@ -122,18 +121,17 @@ def package_model(
     """
     class_names = model.require_class_names()
     if golden == "auto":
-        golden = "data" if data else "synthetic"
+        golden = "data" if source else "synthetic"
     if golden not in ("data", "synthetic", "none"):
         raise ConfigError(f"--golden must be auto, data, synthetic or none. Got {golden!r}.")
-    if golden == "data" and not data:
+    if golden == "data" and source is None:
         raise ConfigError("--golden data takes images from a source. Give --data SOURCE.")
     module = open_module(model)
     predict = eager_predict(module)
     measured: dict[str, Any] = dict(model.package.manifest.metrics) if model.package else {}
     split: Split | None = None
-    if data:
-        source = open_source(data)
-        split = pick_split(source, "auto", training=model.training, preprocess=model.preprocess)
+    if source is not None:
+        split = pick_split(source, "auto", training=model.training)
         evaluation = evaluate_split(
             predict,
             split,
@@ -143,7 +141,7 @@ def package_model(
             class_descriptions=model.class_descriptions,
             batch_size=64,
         )
-        measured[split.name] = {"data": data, **evaluation.scores.to_json(list(class_names))}
+        measured[split.name] = {"data": source.spec, **evaluation.scores.to_json(list(class_names))}
     write_package(
         out,
         network=module.network,
@@ -195,6 +193,14 @@ def _golden(
         return None
     if kind == "synthetic" or split is None:
         return make_golden(synthetic_images(count, seed=0), preprocess, predict, class_names)
-    chosen = spread_over(split, count)
-    encoded = [chosen.images.encoded(index) for index in range(len(chosen))]
-    return make_golden(encoded, preprocess, predict, class_names)
+    encoded = []
+    chosen = spread_over(split, 2 * count)  # some of a train split may be broken
+    for index in range(len(chosen)):
+        try:
+            data = chosen.images.encoded(index)
+            preprocess(data)
+        except ImageError:
+            continue
+        encoded.append(data)
+    step = max(1, len(encoded) // count)
+    return make_golden(encoded[::step][:count], preprocess, predict, class_names)

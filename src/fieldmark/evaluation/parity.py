@@ -4,10 +4,10 @@ With torch absent, or the images not there, golden samples alone run, and the re
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.packaging.verify import verify_variant
 from fieldmark.runtime.log import track, warn
+
+if TYPE_CHECKING:
+    from fieldmark.data.labelled import Source
 
 _BATCH_SIZE = 50
 
@@ -35,7 +38,13 @@ class ParityImages:
 
 
 def verify_package(
-    folder: Path, *, data: str, split: str, variants: Sequence[str], max_images: int
+    folder: Path,
+    *,
+    data: str,
+    columns: Mapping[str, str],
+    split: str,
+    variants: Sequence[str],
+    max_images: int,
 ) -> tuple[dict[str, Any], bool]:
     """Return what was found of each variant, and whether all checks passed.
 
@@ -55,7 +64,7 @@ def verify_package(
     for name in variants:
         if name not in known:
             raise UnknownName.among(f"variant of {folder}", name, known)
-    images, why_not = _parity_images(package, data, split, max_images)
+    images, why_not = _parity_images(package, data, columns, split, max_images)
     results = {}
     for name in variants or known:
         batches = None
@@ -87,7 +96,7 @@ def _open_variant(package: Package, name: str) -> Predict:
 
 
 def _parity_images(
-    package: Package, data: str, wanted: str, max_images: int
+    package: Package, data: str, columns: Mapping[str, str], wanted: str, max_images: int
 ) -> tuple[ParityImages | None, str]:
     """Return the images to compare on, or None and why there are none."""
     training = package.manifest.training or {}
@@ -98,8 +107,13 @@ def _parity_images(
         return None, "The trained model needs torch, which is not installed."
     if not spec:
         return None, "The package records no images. Name some with --data SOURCE."
+    from fieldmark.data.source import open_source
+
     try:
-        return _open_images(package, spec, wanted, max_images, is_default=not data), ""
+        if spec == training.get("source") and not any(columns.values()):
+            columns = {name: str(training.get(name, "")) for name in columns}
+        source = open_source(spec, **columns)
+        return _open_images(package, source, wanted, max_images, is_default=not data), ""
     except (DataError, UnknownName, MissingDependency) as error:
         if data:
             raise
@@ -108,31 +122,24 @@ def _parity_images(
 
 
 def _open_images(
-    package: Package, spec: str, wanted: str, max_images: int, *, is_default: bool
+    package: Package, source: "Source", wanted: str, max_images: int, *, is_default: bool
 ) -> ParityImages:
     from fieldmark.data.classes import match_classes
     from fieldmark.data.held_out import eval_batches
-    from fieldmark.data.source import open_source
     from fieldmark.evaluation.backends import open_reference
     from fieldmark.evaluation.splits import pick_split, spread_over
     from fieldmark.packaging.resolve import resolve_model
 
     training = package.manifest.training or {}
-    columns = {
-        name: str(training.get(name, "")) if is_default else ""
-        for name in ("image_column", "label_column")
-    }
-    source = open_source(spec, **columns)
     if is_default and training.get("fingerprint") != source.fingerprint:
         raise DataError(
-            f"{spec} must be what the model was trained on. Its fingerprint changed. "
-            "Name it with --data to compare on it all the same."
+            f"{source.spec} must be what the model was trained on. Its fingerprint changed. "
+            "To compare on it all the same: --data and --split."
         )
     chosen = pick_split(
         source,
         wanted,
         training=training or None,
-        preprocess=package.preprocess,
         order=("val", "test", "all", "train"),
     )
     chosen = spread_over(chosen, max_images)
@@ -146,5 +153,5 @@ def _open_images(
         reference=open_reference(resolve_model(str(package.path))),
         batches=batches,
         num_batches=-(-len(chosen) // _BATCH_SIZE),
-        words=f"{len(chosen)} images of {spec}, {chosen.name}",
+        words=f"{len(chosen)} images of {source.spec}, {chosen.name}",
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from fieldmark.data.held_out import load_eval
 from fieldmark.data.labelled import Split
-from fieldmark.measure import score
+from fieldmark.measure import Rate, score
 from fieldmark.model import InferenceModule, eager_predict
 from fieldmark.preprocess import Preprocess
 
@@ -21,7 +21,7 @@ def make_validation(
     batch_size: int,
     max_bytes: int,
     device: torch.device,
-) -> Callable[[nn.Module], tuple[float, float]] | None:
+) -> Callable[[nn.Module], tuple[Rate, float]] | None:
     """Return network -> (top-1 accuracy, loss) on a split, or None without one.
 
     The network is measured as it will be packaged: in float32, normalisation in front.
@@ -30,7 +30,7 @@ def make_validation(
         return None
     held_out = load_eval(split, preprocess, max_bytes)
 
-    def validate(network: nn.Module) -> tuple[float, float]:
+    def validate(network: nn.Module) -> tuple[Rate, float]:
         module = InferenceModule(network, preprocess.mean, preprocess.std)
         predict = eager_predict(module, device)
         logits: list[npt.NDArray[np.float32]] = []
@@ -39,6 +39,6 @@ def make_validation(
             logits.append(predict(images))
             labels.append(batch_labels)
         scores = score(np.concatenate(logits), np.concatenate(labels))
-        return scores.top1_accuracy.value, scores.loss
+        return scores.top1_accuracy, scores.loss
 
     return validate

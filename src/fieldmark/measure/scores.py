@@ -1,12 +1,13 @@
 """Scores of logits against labels."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fieldmark.measure.rates import Rate, wilson
+from fieldmark.measure.rates import Z95, Rate, wilson
 
 Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -48,9 +49,19 @@ class Scores:
     confusion: npt.NDArray[np.int64]  # (K, K): rows are labels, columns predictions
 
     @property
-    def balanced_accuracy(self) -> float:
-        """Mean recall over the classes that have examples."""
-        return float(np.mean([rate.value for rate in self.per_class_accuracy.values()]))
+    def balanced_accuracy(self) -> Rate:
+        """Mean recall over the classes that have examples, with its 95 % interval.
+
+        The classes' variances are added, each taken with two successes and two failures more
+        (Agresti and Coull 1998), because a recall of 1 from few examples is not certain.
+        """
+        rates = list(self.per_class_accuracy.values())
+        value = float(np.mean([rate.value for rate in rates]))
+        adjusted = [(rate.value * rate.n + 2) / (rate.n + 4) for rate in rates]
+        variance = sum(p * (1 - p) / (r.n + 4) for p, r in zip(adjusted, rates, strict=True))
+        half = Z95 * math.sqrt(variance) / len(rates)
+        n = self.top1_accuracy.n
+        return Rate(value, max(0.0, value - half), min(1.0, value + half), n)
 
     def to_json(self, class_names: list[str]) -> dict[str, Any]:
         """Return plain values for metrics.json; classes by name."""
@@ -61,7 +72,7 @@ class Scores:
         rows, columns = np.nonzero(self.confusion)
         return result | {
             "loss": self.loss,
-            "balanced_accuracy": self.balanced_accuracy,
+            "balanced_accuracy": self.balanced_accuracy.to_json(),
             "num_examples": self.top1_accuracy.n,
             "per_class_accuracy": {
                 class_names[k]: self.per_class_accuracy[k].to_json() for k in present

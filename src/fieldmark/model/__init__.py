@@ -4,7 +4,14 @@ Importing this room registers our own builders with timm, so that `timm.create_m
 """
 
 from fieldmark.model.airnet import AirNet
-from fieldmark.model.build import Architecture, Weights, build, check_image_size, num_parameters
+from fieldmark.model.build import (
+    Architecture,
+    Weights,
+    build,
+    check_image_size,
+    num_parameters,
+    takes_img_size,
+)
 from fieldmark.model.freeze import Freeze, freeze_backbone, head_parameters, set_train_mode
 from fieldmark.model.inference import InferenceModule, eager_predict
 from fieldmark.model.small_input import adapt_architecture, opens_in, register_small_builders
@@ -26,4 +33,5 @@ __all__ = [
     "num_parameters",
     "opens_in",
     "set_train_mode",
+    "takes_img_size",
 ]

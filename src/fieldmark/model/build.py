@@ -67,6 +67,12 @@ def build(architecture: Architecture, weights: Weights | None = None) -> nn.Modu
     return network
 
 
+def takes_img_size(name: str) -> bool:
+    """Return whether the network is built for one input size, given as its argument img_size."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return bool(cfg is not None and cfg.fixed_input_size)
+
+
 def check_image_size(network: nn.Module, image_px: int) -> None:
     """Raise ModelError, naming the smallest size that works, if the size is too small."""
     problem = _forward_problem(network, image_px)

@@ -13,7 +13,7 @@ import timm
 from timm.data import ImageNetInfo, resolve_data_config
 
 from fieldmark.errors import ModelError, PackageError, UnknownName, suggestion
-from fieldmark.model import Architecture, Weights, build
+from fieldmark.model import Architecture, Weights, build, takes_img_size
 from fieldmark.packaging.manifest import Package, find_package, open_package
 from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.files import read_json
@@ -192,9 +192,10 @@ def _from_state_dict(path: Path, arch: str, image_px: int) -> ResolvedModel:
     if image_px:
         spec = spec.model_copy(update={"height_px": image_px, "width_px": image_px})
     names, descriptions = _class_names(num_classes, ())
+    args = {"img_size": image_px} if image_px and takes_img_size(stock) else {}
     return ResolvedModel(
         name=path.stem,
-        architecture=Architecture(stock, num_classes),
+        architecture=Architecture(stock, num_classes, args),
         weights=Weights(num_classes, path=path),
         preprocess=spec,
         class_names=names,

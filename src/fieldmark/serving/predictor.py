@@ -97,10 +97,19 @@ def open_predictor(
 
     Raises:
         PackageError: the folder is not a package, or is damaged.
-        CheckFailed: this machine does not repeat the recorded answers.
+        CheckFailed: this machine does not repeat the recorded answers, or the variant was
+            measured to disagree with the trained model.
     """
     package = open_package(package_path)
     predict = open_onnx(package, variant, threads)
+    entry = package.manifest.variants[variant]
+    if check and entry.parity is not None:
+        problems = entry.parity.problems(entry.precision)
+        if problems:
+            raise CheckFailed(
+                f"variant {variant!r} of {package_path} must agree with the trained model. "
+                f"{' '.join(problems)} Run: fieldmark export {package_path}."
+            )
     if check and package.manifest.golden.count:
         result = check_golden(package, predict)
         if not result.passed:

@@ -97,12 +97,13 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Any]]:
 
 
 def load_newest(folder: Path) -> tuple[Header, dict[str, Any]] | None:
-    """Return the newest checkpoint that is whole, naming each damaged one passed over."""
+    """Return the newest checkpoint that is whole; each damaged one is named and put aside."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            warn(f"{error} The one before it is used.")
+            warn(f"{error} It is put aside, and the one before it is used, or the beginning.")
+            path.rename(path.with_suffix(".damaged"))  # so that it is not counted when pruning
     return None
 
 

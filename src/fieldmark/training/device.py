@@ -1,6 +1,7 @@
 """Where the run computes, and with which arithmetic."""
 
 import contextlib
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -49,6 +50,9 @@ def prepare(config: TrainConfig, device: torch.device) -> int:
     # The fastest kernel may differ from run to run, and with it the last bit of the weights.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return threads
 
 

@@ -36,6 +36,7 @@ class UpdateRule:
     scaler: torch.amp.GradScaler
     lr_factor: Callable[[int], float]  # update from 0 -> multiple of each group's initial_lr; pure
     autocast: Callable[[], AbstractContextManager[object]]
+    batch_size: int  # examples per update
     accumulation_steps: int
     max_grad_norm: float  # 0: no clipping
     freeze: Freeze
@@ -83,8 +84,12 @@ def _accumulate(
     total = torch.zeros((), device=device)
     for _ in range(rule.accumulation_steps):
         images, targets = next(batches)
+        if not len(targets):  # all of its files were broken
+            continue
         with rule.autocast():
-            loss = rule.loss_fn(rule.forward(images), targets) / rule.accumulation_steps
+            # By its share of the update, so that a batch with a broken file weighs less.
+            share = len(targets) / rule.batch_size
+            loss = rule.loss_fn(rule.forward(images), targets) * share
         rule.scaler.scale(loss).backward()
         total += loss.detach()
     return total

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from fieldmark.model import (
     build,
     check_image_size,
     freeze_backbone,
+    takes_img_size,
 )
 from fieldmark.packaging.resolve import ResolvedModel
 from fieldmark.preprocess import Preprocess
@@ -32,6 +34,11 @@ WHITENING_SAMPLE = 5_000
 _DEFAULT_PX = 224
 _SMALL_PX = 64
 
+BROKEN = "broken "  # kind of the decision that records a broken image, before its name
+
+Decide = Callable[[str, Any, str], Any]
+"""kind, value, why -> the value decided the first time."""
+
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -43,7 +50,6 @@ class TrainImages:
     split: Split
     pixels: npt.NDArray[np.uint8] | None  # (N, H, W, 3) when resident
     labels: npt.NDArray[np.int64] | None  # those of `pixels`: broken images are left out
-    broken: list[tuple[str, str]]  # name and reason of each image left out so far
 
 
 def load_train_images(
@@ -54,35 +60,34 @@ def load_train_images(
     model: ModelConfig,
     evaluation: EvalConfig,
     pretrained: ResolvedModel | None,
-    decide: Callable[[str, object, str], object],
+    decide: Decide,
 ) -> TrainImages:
     """Decide size, normalisation and storage, and decode the images where they fit in memory."""
     native_px = _native_px(split)
     spec = _spec_without_normalisation(model, evaluation, pretrained, native_px)
     resident = fits_resident(split, spec, augment, data)
-    decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
+    storage = decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
     pixels = labels = None
-    broken: list[tuple[str, str]] = []
-    if resident:
+    if storage == "resident":
         pixels, labels, broken = load_resident(split, spec, data.max_resident_mb * 2**20)
-        report_broken(broken, len(split), data.max_broken_frac)
+        report_broken(broken, len(split), data.max_broken_frac, decide)
     if pretrained is None:
         sample = pixels if pixels is not None else _sample_pixels(split, spec)
         measured = decide("normalisation", measure_normalisation(sample), "of the train images")
-        mean, std = (tuple(values) for values in measured)  # type: ignore[attr-defined]
+        mean, std = (tuple(values) for values in measured)
         spec = spec.model_copy(update={"mean": mean, "std": std})
-    return TrainImages(spec, split, pixels, labels, broken)
+    return TrainImages(spec, split, pixels, labels)
 
 
 def check_splits(
     splits: Splits,
     preprocess: Preprocess,
     max_broken_frac: float,
-    decide: Callable[[str, object, str], object],
+    decide: Decide,
 ) -> Splits:
     """Return the splits with every held-out image known to decode; records where each is from."""
     splits = check_held_out(splits, preprocess)
-    report_broken(list(splits.broken), len(splits.train), max_broken_frac)
+    report_broken(list(splits.broken), len(splits.train), max_broken_frac, decide)
     for name, origin in splits.origin.items():
         decide(f"split {name}", len(splits.parts().get(name, ())), origin)
     return splits
@@ -110,6 +115,8 @@ def make_network(
     if pretrained is None:
         wanted = Architecture(config.arch, num_classes, args)
         architecture, note = adapt_architecture(wanted, image_px, config.small_input)
+        if architecture == wanted and takes_img_size(config.arch):
+            architecture = Architecture(config.arch, num_classes, {"img_size": image_px, **args})
         if note:
             say(note)
         network = build(architecture)
@@ -137,6 +144,7 @@ def initialise_from_images(network: nn.Module, images: TrainImages) -> None:
 def make_batches(
     images: TrainImages,
     *,
+    decide: Decide,
     data: DataConfig,
     augment: AugmentConfig,
     train: TrainConfig,
@@ -161,7 +169,7 @@ def make_batches(
 
     def skip(name: str, reason: str) -> None:
         warn(f"skipped {name}: {reason}")
-        images.broken.append((name, reason))
+        decide(BROKEN + name, reason, "left out of training")
 
     return FileBatches(
         images.split,
@@ -194,12 +202,19 @@ def measure_normalisation(pixels: npt.NDArray[np.uint8]) -> Normalisation:
     return _triple(mean), _triple(std)
 
 
-def report_broken(broken: list[tuple[str, str]], total: int, max_frac: float) -> None:
+def report_broken(
+    broken: list[tuple[str, str]],
+    total: int,
+    max_frac: float,
+    decide: Decide,
+) -> None:
     """Name the images that were left out of training; too many are an error.
 
     Raises:
         DataError: the share of broken images is above data.max_broken_frac.
     """
+    for name, reason in broken:
+        decide(BROKEN + name, reason, "left out")
     for name, reason in broken[:20]:
         warn(f"skipped {name}: {reason}")
     if len(broken) > 20:
@@ -217,13 +232,15 @@ def _triple(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def _native_px(split: Split) -> int:
-    """The larger side of the first readable image; 0 when none of the first few can be read."""
-    for index in range(min(10, len(split))):
+    """The largest side in a seeded sample of images; 0 when none of them can be read."""
+    rng = np.random.default_rng(derive_seed("native size"))
+    largest = 0
+    for index in rng.permutation(len(split))[:32]:
         try:
-            return max(split.images.image(index).size)
+            largest = max(largest, *split.images.image(int(index)).size)
         except ImageError:
             continue
-    return 0
+    return largest
 
 
 def _spec_without_normalisation(
@@ -235,7 +252,9 @@ def _spec_without_normalisation(
     else:
         px = native_px if 0 < native_px <= _SMALL_PX else _DEFAULT_PX
         spec = Preprocess(height_px=px, width_px=px, mean=(0, 0, 0), std=(1, 1, 1))
-    changes: dict[str, object] = {"scaled_decoding": evaluation.scaled_decoding}
+    changes: dict[str, object] = {}
+    if evaluation.scaled_decoding:
+        changes["scaled_decoding"] = True
     if model.image_px:
         changes |= {"height_px": model.image_px, "width_px": model.image_px}
     if evaluation.crop_frac:
@@ -281,13 +300,6 @@ def _pretrained_architecture(
             "with. Set model.small_input=auto, or train without model.pretrained."
         )
     merged = {**pretrained.architecture.args, **args}
-    if image_px != pretrained.preprocess.height_px and _takes_img_size(name):
+    if image_px != pretrained.preprocess.height_px and takes_img_size(name):
         merged["img_size"] = image_px  # position embeddings are resampled to it
     return Architecture(name, num_classes, merged)
-
-
-def _takes_img_size(name: str) -> bool:
-    import timm
-
-    cfg = timm.get_pretrained_cfg(name)
-    return bool(cfg is not None and cfg.fixed_input_size)

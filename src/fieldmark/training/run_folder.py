@@ -41,7 +41,7 @@ class RunFolder:
         Raises:
             RunError: the folder exists; the message says how to resume.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not _is_vacant(path):
             raise RunError(
                 f"--out {path} must not exist yet. Resume with: fieldmark train --resume "
                 f"--out {path}, or choose another folder."
@@ -107,9 +107,13 @@ class RunFolder:
         """Add lines to metrics.jsonl and flush them to the disk."""
         _append_lines(self.path / "metrics.jsonl", lines)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all whole lines of metrics.jsonl."""
-        return _read_lines(self.path / "metrics.jsonl")
+    def decisions(self, prefix: str) -> dict[str, Any]:
+        """Return what was decided of the kinds that begin with `prefix`, without it."""
+        return {
+            kind.removeprefix(prefix): line["value"]
+            for kind, line in self._decisions.items()
+            if kind.startswith(prefix)
+        }
 
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after update `step`: a killed run wrote them and they will come again."""
@@ -159,6 +163,15 @@ def default_folder(name: str) -> Path:
         number += 1
         path = base / f"{name}-{number}"
     return path
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing but the beginnings of a run that was killed at once is there."""
+    if not path.is_dir():
+        return False
+    beginnings = {".lock", "checkpoints"}
+    names = {entry.name for entry in path.iterdir()}
+    return names <= beginnings and not any((path / "checkpoints").glob("*"))
 
 
 def _lock(path: Path) -> IO[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
 from fieldmark.errors import CheckpointError, NonFiniteLoss, RunError
+from fieldmark.measure import Rate
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
 from fieldmark.training.checkpoint import (
@@ -48,8 +49,8 @@ class Batches(Protocol):
         """Yield (images, targets) without end, from the update after `start_step`."""
 
 
-Validate = Callable[[nn.Module], tuple[float, float]]
-"""A network in eval mode -> (top-1 accuracy as a fraction, loss in nats) on the val split."""
+Validate = Callable[[nn.Module], tuple[Rate, float]]
+"""A network in eval mode -> (top-1 accuracy, loss in nats) on the validation split."""
 
 
 class Interrupted(RunError):
@@ -108,6 +109,7 @@ class Session:
             scaler=make_scaler(train, device),
             lr_factor=partial(lr_factor, schedule, total=self.total, warmup=warmup),
             autocast=partial(autocast, train, device),
+            batch_size=train.batch_size,
             accumulation_steps=train.accumulation_steps,
             max_grad_norm=optim.max_grad_norm,
             freeze=freeze,
@@ -172,8 +174,9 @@ class Session:
                 f"stopped early after update {self.done}: {self.train.early_stop_epochs} epochs "
                 "without a better validation accuracy"
             )
+        chosen = self._choose_weights()
         return TrainResult(
-            network=self._choose_weights(),
+            network=chosen,
             step=self.done,
             best=self.best,
             train_s=seconds,
@@ -220,7 +223,8 @@ class Session:
         if self.validate is None or not due:
             return False
         self._flush()
-        accuracy, loss = self.validate(self._averaged())
+        rate, loss = self.validate(self._averaged())
+        accuracy = rate.value
         better = self.best is None or (accuracy, -loss) > (self.best.top1_accuracy, -self.best.loss)
         if better:
             self.best = Best(step, accuracy, loss)
@@ -231,12 +235,16 @@ class Session:
                     "step": step,
                     "epoch": step / per_epoch,
                     "loss": loss,
-                    "top1_accuracy": accuracy,
+                    "top1_accuracy": rate.to_json(),
                 }
             ]
         )
         star = "  (best so far)" if better else ""
-        say(f"epoch {step / per_epoch:.3g}: validation top-1 {accuracy:.2%}, loss {loss:.4f}{star}")
+        interval = f"{rate.low:.1%} to {rate.high:.1%}"
+        say(
+            f"epoch {step / per_epoch:.3g}: validation top-1 {accuracy:.2%} ({interval}), "
+            f"loss {loss:.4f}{star}"
+        )
         return better
 
     def _checkpoint_is_due(self, step: int, per_epoch: int) -> bool:
@@ -290,9 +298,12 @@ class Session:
         if self.best is None or self.best.step == self.done:
             return network
         path = checkpoint_path(self.run.checkpoints, self.best.step)
-        if not path.exists():
-            raise CheckpointError(f"the best checkpoint {path} is missing. It cannot be packaged.")
-        _, state = load_checkpoint(path)
+        try:
+            _, state = load_checkpoint(path)
+        except (CheckpointError, FileNotFoundError) as error:
+            warn(f"the best checkpoint cannot be used, so the last weights are: {error}")
+            self.best = None
+            return network
         chosen = copy.deepcopy(network)
         chosen.load_state_dict(state["network"] if self.ema is None else state["ema"])
         return chosen.eval()

@@ -81,6 +81,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         initialise_from_images(network, images)
     batches = make_batches(
         images,
+        decide=run.decide,
         data=data,
         augment=config.augment,
         train=train,

@@ -106,7 +106,7 @@ def test_each_update_has_its_own_draws(digits):
 def test_memory_format_and_types(digits):
     (images, targets), *_ = take(make(digits), 1)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert (images.dtype, images.shape) == (torch.float32, (60, 3, 8, 8))
+    assert (images.dtype, images.shape) == (torch.float32, (60, 3, 32, 32))
     assert (targets.dtype, targets.shape) == (torch.float32, (60, 10))
     (plain, labels), *_ = take(make(digits, AugmentConfig(), channels_last=False), 1)
     assert plain.is_contiguous()
@@ -116,34 +116,10 @@ def test_memory_format_and_types(digits):
 def test_what_cannot_be_is_an_error(digits):
     with pytest.raises(ConfigError, match="train.batch_size must be at most .* Got 1798 for 1797"):
         make(digits, batch_size=1798)
-    with pytest.raises(ConfigError, match="cutout_px must be at most the image's 8 px"):
-        make(digits, AugmentConfig(cutout_px=9))
+    with pytest.raises(ConfigError, match="cutout_px must be at most the image's 32 px"):
+        make(digits, AugmentConfig(cutout_px=33))
     with pytest.raises(ConfigError, match="augment.color_jitter must be off"):
         make(digits, AugmentConfig(color_jitter=0.1))
-
-
-def test_augmenting_a_batch_is_much_faster_than_image_by_image():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (500, 32, 32, 3), dtype=np.uint8)
-    batches = make(
-        (images, np.zeros(500, np.int64)),
-        AugmentConfig(crop_pad_px=4, flip="random"),
-        batch_size=500,
-    ).batches(0)
-
-    def one_by_one():
-        for image in torch.from_numpy(images):
-            padded = torch.nn.functional.pad(image, (0, 0, 4, 4, 4, 4))
-            normalise(padded[None, 3:35, 2:34].flip(2), (0.3,) * 3, (0.35,) * 3)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # this thread's own time: other processes do not count
-    try:
-        ours = min(seconds(lambda: next(batches)) for _ in range(10))
-        theirs = min(seconds(one_by_one) for _ in range(3))
-    finally:
-        torch.set_num_threads(threads)
-    assert ours < theirs / 4
 
 
 def seconds(work):

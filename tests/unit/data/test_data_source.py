@@ -55,8 +55,10 @@ def test_digits_are_all_of_scikit_learns_as_rgb():
     assert len(split) == 1797
     assert np.array_equal(split.labels, original.target)
     pixels = np.asarray(split.images.image(5))
-    assert pixels.shape == (8, 8, 3)
-    assert np.array_equal(pixels[..., 0], np.round(original.images[5] / 16 * 255))
+    assert pixels.shape == (32, 32, 3)  # enlarged from 8 x 8, so that small networks take them
+    shrunk = pixels[..., 0].reshape(8, 4, 8, 4).mean((1, 3))
+    correlation = np.corrcoef(shrunk.ravel(), original.images[5].ravel())[0, 1]
+    assert correlation > 0.97
     assert np.array_equal(pixels[..., 0], pixels[..., 2])
     assert source.fingerprint == open_source("digits").fingerprint
 

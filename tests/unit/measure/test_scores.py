@@ -23,7 +23,9 @@ def test_scores_equal_torchmetrics_and_sklearn() -> None:
     assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
     predicted = LOGITS.argmax(1)
     assert (found.confusion == confusion_matrix(LABELS, predicted)).all()
-    assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(LABELS, predicted))
+    assert found.balanced_accuracy.value == pytest.approx(
+        balanced_accuracy_score(LABELS, predicted)
+    )
 
 
 def test_top_k_is_the_share_whose_label_is_among_the_k_largest() -> None:
@@ -51,7 +53,7 @@ def test_no_top5_with_five_classes_and_absent_classes_do_not_count() -> None:
     found = score(logits, np.array([0, 1, 0]))
     assert found.top5_accuracy is None
     assert sorted(found.per_class_accuracy) == [0, 1]
-    assert found.balanced_accuracy == pytest.approx(0.75)
+    assert found.balanced_accuracy.value == pytest.approx(0.75)
     assert found.to_json(list("abcde"))["per_class_accuracy"]["a"]["value"] == pytest.approx(0.5)
 
 

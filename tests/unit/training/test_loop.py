@@ -36,6 +36,7 @@ def make_rule(network: nn.Module, optim: OptimConfig, accumulation_steps: int = 
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         lr_factor=lambda step: 1 / (1 + step),
         autocast=contextlib.nullcontext,
+        batch_size=8,
         accumulation_steps=accumulation_steps,
         max_grad_norm=optim.max_grad_norm,
         freeze="none",

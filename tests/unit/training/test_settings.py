@@ -135,6 +135,20 @@ def test_broken_training_images_are_named_counted_and_left_out(
         fieldmark.train("digits", base, out=tmp_path / "no2")
 
 
+def test_a_broken_file_leaves_its_accumulated_update_alive(
+    tmp_path: Path, tiny_settings: list[str], tiny_images: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_images, data)
+    (data / "train" / "red" / "03.png").write_bytes(b"not an image")
+    base = [s for s in tiny_settings if not s.startswith(("data.source", "train.epochs"))]
+    base += [f"data.source=folder:{data}", "data.storage=files", "data.num_workers=0"]
+    base += ["train.accumulation_steps=16", "train.epochs=2", "augment.mixup_alpha=0.2"]
+    result = fieldmark.train("digits", [*base, "data.val_frac=0"][1:], out=tmp_path / "run")
+    assert [name for name, _ in result.facts["broken"]] == ["train/red/03.png"]
+    assert all(torch.tensor(losses(tmp_path / "run")).isfinite())
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_settings: list[str]) -> None:
     if shutil.which("g++") is None:
