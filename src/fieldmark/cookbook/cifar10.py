@@ -43,7 +43,7 @@ def cifar10_resnet50() -> RunConfig:
     return override(cifar10_resnet18(), ["model.arch=resnet50"])
 
 
-@recipe("cifar10-smoke")
+@recipe("cifar10-smoke", evidence="benchmarks/results/main_job.json")
 def cifar10_smoke() -> RunConfig:
     """A narrow airnet: real CIFAR-10 in minutes on a laptop's two cores.
 

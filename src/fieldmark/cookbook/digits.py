@@ -12,7 +12,7 @@ from fieldmark.config import (
 from fieldmark.cookbook.registry import recipe
 
 
-@recipe("digits")
+@recipe("digits", evidence="benchmarks/results/main_job.json")
 def digits() -> RunConfig:
     """A narrow airnet on 8x8 handwritten digits enlarged to 32 px: the quickstart.
 
