@@ -49,9 +49,3 @@ def sync_folder(folder: Path) -> None:
 def sha256_bytes(data: bytes) -> str:
     """Return the SHA-256 of `data`, hex."""
     return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, hex, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
