@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -12,7 +12,8 @@ Frac = Field(default=0.0, ge=0, le=1)
 class Section(BaseModel):
     """Base of every section: immutable, and a key that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no infinity: a configuration with one would not reload equal.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Groups of keys that say the same thing in different units: setting one clears the others.
     units: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -126,15 +127,78 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {
+        "name": {"focal_gamma": 2.0, "adjust_tau": 1.0, "bce_threshold": 0.0},
+        "class_weights": {"effective_beta": 0.999},
+    }
+
     name: Literal["cross-entropy", "focal", "bce", "logit-adjusted"] = "cross-entropy"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    # inverse: 1 / images of the class; effective: (1 - beta) / (1 - beta^n); or one for each class
+    # inverse: 1 / images of the class; effective: (1 - beta) / (1 - beta^n); both scaled to a mean
+    # of 1 over the train images. Or one for each class, taken as it is.
     class_weights: Literal["none", "inverse", "effective"] | tuple[float, ...] = "none"
     effective_beta: float = Field(default=0.999, gt=0, lt=1)
     focal_gamma: float = Field(default=2.0, ge=0)
     adjust_tau: float = Field(default=1.0, gt=0)  # of logit-adjusted: times the log of the prior
-    bce_threshold: float = Field(default=0.0, ge=0, lt=1)  # soft targets above it count as 1
+    # of bce: soft targets above it become 1, others 0; 0 leaves them as they are
+    bce_threshold: float = Field(default=0.0, ge=0, lt=1)
     reduction: Literal["mean", "sum"] = "mean"  # over the examples of an update, of its gradient
+
+    @property
+    def balancing(self) -> list[str]:
+        """The settings of the loss that make up for the sizes of the classes."""
+        found = [f"class_weights={self.class_weights}"] if _is_rule(self.class_weights) else []
+        return found + ["name=logit-adjusted"] * (self.name == "logit-adjusted")
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _one_of(cls, value: Any) -> Any:
+        is_list = isinstance(value, list | tuple) and {*map(type, value)} <= {int, float}
+        if not is_list and value != "none" and not _is_rule(value):
+            raise ValueError(
+                "loss.class_weights must be none, inverse, effective, or a list with a number for "
+                f"each class. Got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        owners = {
+            "focal_gamma": ("name", "focal"),
+            "adjust_tau": ("name", "logit-adjusted"),
+            "bce_threshold": ("name", "bce"),
+            "effective_beta": ("class_weights", "effective"),
+        }
+        for key, (switch, owner) in owners.items():
+            value, chosen = getattr(self, key), getattr(self, switch)
+            if value != type(self).model_fields[key].default and chosen != owner:
+                raise ValueError(
+                    f"loss.{key} belongs to loss.{switch}={owner}. Got {value:g} with "
+                    f"loss.{switch}={chosen}"
+                )
+        if isinstance(self.class_weights, tuple) and (
+            min(self.class_weights, default=0) < 0 or not any(self.class_weights)
+        ):
+            raise ValueError(
+                "loss.class_weights must not be below 0, and at least one must be above it. "
+                f"Got {list(self.class_weights)}"
+            )
+        if len(self.balancing) > 1:
+            raise ValueError(
+                f"loss.{' and loss.'.join(self.balancing)} both make up for the sizes of the "
+                "classes, twice in all: keep one of them"
+            )
+        if self.bce_threshold and self.label_smoothing:
+            raise ValueError(
+                "loss.bce_threshold makes each target 0 or 1 and so undoes loss.label_smoothing: "
+                f"set one of them to 0. Got {self.bce_threshold:g} and {self.label_smoothing:g}"
+            )
+        return self
+
+
+def _is_rule(class_weights: Any) -> bool:
+    """Whether the weights follow from the sizes of the classes."""
+    return class_weights in ("inverse", "effective")
 
 
 class OptimConfig(Section):
@@ -305,6 +369,11 @@ class RunConfig(Section):
             raise ValueError(
                 "train.keep_hardest_frac below 1 needs model.arch=airnet, whose narrow form "
                 f"chooses. Got {self.model.arch or self.model.pretrained!r}"
+            )
+        if self.loss.balancing and self.data.sampler != "shuffle":
+            raise ValueError(
+                f"loss.{self.loss.balancing[0]} and data.sampler={self.data.sampler} both make up "
+                "for the sizes of the classes, twice in all: keep one of them"
             )
         if self.augment.resized_crop and self.augment.crop_pad_px:
             raise ValueError(

@@ -4,7 +4,7 @@ import copy
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +85,7 @@ class Session:
         optim: OptimConfig,
         schedule: ScheduleConfig,
         loss: LossConfig,
+        class_counts: Sequence[int],
         freeze: Freeze,
         device: torch.device,
     ) -> None:
@@ -104,7 +105,7 @@ class Session:
         self.rule = UpdateRule(
             network=self.network,
             forward=torch.compile(self.network) if train.compile else self.network,
-            loss_fn=make_loss(loss),
+            loss_fn=make_loss(loss, class_counts=class_counts),
             optimizer=make_optimizer(self.network, optim),
             scaler=make_scaler(train, device),
             lr_factor=partial(lr_factor, schedule, total=self.total, warmup=warmup),

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fieldmark.config import DataConfig, ModelConfig, RunConfig
 from fieldmark.cookbook import load_recipe
 from fieldmark.data.source import open_source
@@ -104,6 +106,10 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         optim=config.optim,
         schedule=config.schedule,
         loss=config.loss,
+        class_counts=np.bincount(
+            splits.train.labels if images.labels is None else images.labels,
+            minlength=len(splits.class_names),
+        ).tolist(),
         freeze=config.model.freeze,
         device=device,
     )

@@ -88,6 +88,48 @@ def test_combinations_that_cannot_be_are_refused(settings: list[str]) -> None:
         override(BASE, settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.focal_gamma=3"], "loss.focal_gamma belongs to loss.name=focal. Got 3"),
+        (["loss.adjust_tau=2"], "loss.adjust_tau belongs to loss.name=logit-adjusted"),
+        (["loss.bce_threshold=0.2"], "loss.bce_threshold belongs to loss.name=bce"),
+        (["loss.effective_beta=0.9"], "belongs to loss.class_weights=effective"),
+        (["loss.class_weights=inverze"], "must be none, inverse, effective, or a list"),
+        (["loss.class_weights=['a']"], "must be none, inverse, effective, or a list"),
+        (["loss.class_weights=[1, -1]"], "must not be below 0"),
+        (["loss.class_weights=[0, 0]"], "must not be below 0, and at least one"),
+        (["loss.class_weights=[]"], "must not be below 0, and at least one"),
+        (["loss.class_weights=[1, inf]"], "finite number"),
+        (["loss.focal_gamma=inf", "loss.name=focal"], "finite number"),
+        (["loss.name=logit-adjusted", "loss.class_weights=inverse"], "keep one of them"),
+        (["loss.name=logit-adjusted", "data.sampler=sqrt"], "keep one of them"),
+        (["loss.class_weights=effective", "data.sampler=balanced"], "keep one of them"),
+        (
+            ["loss.name=bce", "loss.bce_threshold=0.2", "loss.label_smoothing=0.1"],
+            "undoes loss.label_smoothing",
+        ),
+    ],
+)
+def test_settings_of_the_loss_that_cannot_be(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(BASE, settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_loss_loses_the_arguments_of_the_one_before() -> None:
+    focal = override(BASE, ["loss.name=focal", "loss.focal_gamma=3", "loss.class_weights=[1, 2]"])
+    assert (focal.loss.focal_gamma, focal.loss.class_weights) == (3, (1, 2))
+    assert RunConfig.model_validate_json(focal.model_dump_json()) == focal
+    assert override(focal, ["loss.name=bce"]).loss.focal_gamma == 2
+    effective = override(BASE, ["loss.class_weights=effective", "loss.effective_beta=0.9"])
+    assert override(effective, ["loss.class_weights=none"]).loss.effective_beta == 0.999
+    # Weights that someone chose are not a rule, and may say what an error costs.
+    override(BASE, ["loss.class_weights=[1, 2]", "data.sampler=balanced"])
+    override(BASE, ["loss.class_weights=[1, 2]", "loss.name=logit-adjusted"])
+
+
 def test_a_config_is_frozen_and_its_json_reloads_equal() -> None:
     with pytest.raises(ValidationError):
         BASE.train.epochs = 1  # type: ignore[misc]
