@@ -178,7 +178,7 @@ _TRIVIAL_STEPS = 30
 def _trivial_augment(rng: np.random.Generator) -> Op:
     """Return one operation at any of 31 strengths, in the wide range.
 
-    Source: Mueller and Hutter 2021, arXiv:2103.10158, table 4; as torchvision's
+    Source: Mueller and Hutter 2021, arXiv:2103.10158; as torchvision's
     TrivialAugmentWide.
     """
     name = _TRIVIAL_OPS[rng.integers(0, len(_TRIVIAL_OPS))]
@@ -272,7 +272,7 @@ def _auto_value(name: str, frac: float, sign: float, width_px: int, height_px: i
 def _three_augment(rng: np.random.Generator) -> Op:
     """Return grey, inverted highlights or a blur, each as likely as the others.
 
-    Source: Touvron et al. 2022 (DeiT III), arXiv:2204.07118, section 3.
+    Source: Touvron et al. 2022 (DeiT III), arXiv:2204.07118.
     """
     kind = int(rng.integers(0, 3))
     radius = float(rng.uniform(0.1, 2.0))

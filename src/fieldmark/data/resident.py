@@ -27,7 +27,9 @@ class ResidentBatches:
 
     An update's random numbers are drawn for all of its images, then divided into micro-batches,
     so that neither `accumulation_steps` nor the number of ranks changes an image. Mixing is the
-    exception: partners are of the same micro-batch, because a rank has no others.
+    exception, as partners are of the same micro-batch: a rank has no others; and so is the noise
+    of erased parts, drawn for each micro-batch. Both depend on the number of micro-batches alone,
+    however ranks divide them.
     """
 
     def __init__(
