@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CELL_IN = 1.35  # inches
-_CAPTION_IN = 0.2
+_CAPTION_IN = 0.13  # of a line
 _LINE_IN = 0.2
-_CHARACTERS_PER_IN = 11.5  # of the title's font
+_CHARACTERS_PER_IN = 14.5  # of the title's font
 _MAX_CAPTION = 20  # characters
 
 
@@ -26,7 +26,7 @@ class View:
     """One cell: pixels as they are shown, and what stands below them."""
 
     pixels: Pixels  # uint8 (H, W, 3)
-    caption: str
+    caption: str  # a line or more
 
 
 def save_grid(
@@ -39,7 +39,8 @@ def save_grid(
     width = _CELL_IN * len(columns)
     lines = textwrap.wrap(title, int(width * _CHARACTERS_PER_IN))
     top = _LINE_IN * (len(lines) + 1.5)
-    height = (_CELL_IN + _CAPTION_IN) * len(rows) + top
+    caption = 0.1 + _CAPTION_IN * max(1 + view.caption.count("\n") for row in rows for view in row)
+    height = (_CELL_IN + caption) * len(rows) + top
     figure = Figure(figsize=(width, height), dpi=110)
     figure.text(
         0.01,
@@ -59,9 +60,9 @@ def save_grid(
         left=0.005,
         right=0.995,
         top=1 - top / height,
-        bottom=1.2 * _CAPTION_IN / height,
+        bottom=caption / height,
         wspace=0.06,
-        hspace=_CAPTION_IN / _CELL_IN + 0.04,
+        hspace=caption / _CELL_IN + 0.04,
     )
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -74,6 +75,11 @@ def _draw(axes: "Axes", view: View) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    text = view.caption
-    short = text if len(text) <= _MAX_CAPTION else f"{text[: _MAX_CAPTION - 1]}…"
-    axes.set_xlabel(short, fontsize=7, labelpad=2, parse_math=False)
+    lines = [_shortened(line) for line in view.caption.split("\n")]
+    axes.set_xlabel("\n".join(lines), fontsize=7, labelpad=2, parse_math=False)
+
+
+def _shortened(text: str) -> str:
+    """Cut from the middle: the end may say how much."""
+    half = _MAX_CAPTION // 2
+    return text if len(text) <= _MAX_CAPTION else f"{text[: half - 1]}…{text[-half:]}"

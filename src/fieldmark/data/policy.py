@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from fieldmark.config import AugmentConfig
@@ -26,7 +27,8 @@ from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.seed import derive_seed
 
 SAMPLED_IMAGES = 32
-GREY_LEVELS = 1.0  # mean difference of two channels below which an image counts as grey
+GREY_LEVELS = 1.0  # mean difference of two channels up to which an image counts as grey
+BLACK_LEVEL = 8  # up to which an edge counts as black
 ENOUGH_IMAGES = 20_000  # from here on auto means standard, below it strong
 MANY_IMAGES = 100_000  # from here on a resized crop may be as small as on ImageNet
 MIXABLE_IMAGES = 50  # of the smallest class, from which on images are mixed
@@ -44,6 +46,7 @@ class Facts:
     native_px: int  # the median image's longer side, as stored
     image_px: int  # the network's input, its short side
     is_grey: bool  # three equal channels, in all of the sample
+    has_black_edge: bool = False  # the middle edge pixel of the median image
     must_be_resident: bool = False  # data.storage=resident: nothing that needs files
 
     @property
@@ -55,14 +58,17 @@ class Facts:
 def facts_of(split: Split, preprocess: Preprocess, *, must_be_resident: bool = False) -> Facts:
     """Return the facts of a training split; sizes and colours are those of a seeded sample."""
     rng = np.random.Generator(np.random.PCG64(derive_seed("policy", len(split))))
-    sides, are_grey = [], []
+    sides, are_grey, edges = [], [], []
     for index in rng.permutation(len(split))[:SAMPLED_IMAGES]:
         try:
             image = split.images.image(int(index))
         except ImageError:
             continue
         sides.append(max(image.size))
-        are_grey.append(_is_grey(image))
+        image.thumbnail((SMALL_PX, SMALL_PX), Image.Resampling.NEAREST)
+        pixels = np.asarray(image, dtype=np.float32)
+        are_grey.append(_is_grey(pixels))
+        edges.append(_edge_level(pixels))
     counts = np.bincount(split.labels)
     counts = counts[counts > 0]
     return Facts(
@@ -72,16 +78,21 @@ def facts_of(split: Split, preprocess: Preprocess, *, must_be_resident: bool = F
         native_px=round(float(np.median(sides))) if sides else preprocess.height_px,
         image_px=min(preprocess.height_px, preprocess.width_px),
         is_grey=bool(are_grey) and all(are_grey),
+        has_black_edge=bool(edges) and float(np.median(edges)) <= BLACK_LEVEL,
         must_be_resident=must_be_resident,
     )
 
 
-def _is_grey(image: Image.Image) -> bool:
-    image.thumbnail((SMALL_PX, SMALL_PX), Image.Resampling.NEAREST)
-    pixels = np.asarray(image, dtype=np.float32)
+def _is_grey(pixels_HWC: npt.NDArray[np.float32]) -> bool:
+    middle = pixels_HWC[..., 1]
     return all(
-        float(np.abs(pixels[..., one] - pixels[..., 1]).mean()) <= GREY_LEVELS for one in (0, 2)
+        float(np.abs(pixels_HWC[..., other] - middle).mean()) <= GREY_LEVELS for other in (0, 2)
     )
+
+
+def _edge_level(pixels_HWC: npt.NDArray[np.float32]) -> float:
+    top_bottom, sides = pixels_HWC[[0, -1]], pixels_HWC[:, [0, -1]]
+    return float(np.median(np.concatenate([top_bottom.ravel(), sides.ravel()])))
 
 
 def needs_facts(config: AugmentConfig) -> bool:
@@ -166,24 +177,26 @@ def _standard(facts: Facts) -> Values:
 def _strong(facts: Facts) -> Values:
     """As standard, with more of it and mixing, for long runs and for few images.
 
-    Small images: a cutout of half the side (DeVries and Taylor 2017, arXiv:1708.04552), mixup and
-    cutmix; no chosen operations, so that they stay in memory. Photos: the recipe of DeiT (Touvron
-    et al. 2020, arXiv:2012.12877) with mixup as mild as in Wightman et al. 2021,
-    arXiv:2110.00476. Grey images: distortion in place of colours (Simard et al. 2003).
+    Small images: mixup and cutmix, which hides a part as cutout does without losing it (Yun et al.
+    2019, arXiv:1905.04899); with too few of a class to mix, a cutout of half the side (DeVries and
+    Taylor 2017, arXiv:1708.04552). No chosen operations, so that they stay in memory. Photos: the
+    recipe of DeiT (Touvron et al. 2020, arXiv:2012.12877) with mixup as mild as in Wightman et al.
+    2021, arXiv:2110.00476. Grey images: distortion in place of colours (Simard et al. 2003).
     """
     mixing = {}
     if facts.fewest >= MIXABLE_IMAGES:
         mixing = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+    geometry = {}
     if facts.is_grey:
-        geometry = {"rotation_deg": 15.0, "elastic_px": _length(facts, 1 / 32)}
-        crop = _shift(facts, 1 / 10) if facts.is_small else _resized_crop(facts)
-        mode = {"erase_prob": 0.25, "erase_mode": "constant"}
-        return {**crop, **geometry, **mode, **mixing}
+        geometry = {"rotation_deg": 15.0, "elastic_px": _length(facts, 1 / 32), **_outside(facts)}
     if facts.is_small:
-        cutout = {"cutout_px": _px(facts, 1 / 2)}
-        return {**_shift(facts, 1 / 8), **_flip(facts), **cutout, **mixing}
+        shift = _shift(facts, 1 / 10 if facts.is_grey else 1 / 8)
+        hidden = mixing or {"cutout_px": _px(facts, 1 / 2)}
+        return {**shift, **_flip(facts), **geometry, **hidden}
     ops = {"ops": "randaugment", "ops_magnitude": 9.0, "ops_magnitude_std": 0.5, "num_ops": 2}
-    return {**_resized_crop(facts), **_flip(facts), **ops, "erase_prob": 0.25, **mixing}
+    colors = {} if facts.is_grey else ops
+    erasing = {"erase_prob": 0.25}
+    return {**_resized_crop(facts), **_flip(facts), **geometry, **colors, **erasing, **mixing}
 
 
 def _medical(facts: Facts) -> Values:
@@ -215,8 +228,12 @@ def _flip(facts: Facts) -> Values:
 
 
 def _shift(facts: Facts, frac: float) -> Values:
-    # Mirrored at the edge: black would be a foreign body on paper, and in photos.
-    return {"crop_pad_px": _px(facts, frac), "crop_pad_mode": "reflect"}
+    return {"crop_pad_px": _px(facts, frac), **_outside(facts)}
+
+
+def _outside(facts: Facts) -> Values:
+    # Black belongs around what is on black. Elsewhere it would be a foreign body: mirror the edge.
+    return {"crop_pad_mode": "zero" if facts.has_black_edge else "reflect"}
 
 
 def _resized_crop(facts: Facts) -> Values:
