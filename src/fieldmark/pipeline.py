@@ -356,6 +356,30 @@ def info(
     return Result(None, describe(str(target), None if pie is None else Path(pie), columns))
 
 
+def augment(
+    source: str,
+    out: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    recipe: str = "",
+    rows: int = 8,
+) -> Result:
+    """Draw what training would show the network of a source's images, as a PNG grid.
+
+    Args:
+        settings: "section.key=value" over the recipe, such as augment.policy=strong.
+        recipe: whose settings to take; default: augment.policy=auto alone.
+        rows: images shown, of as many classes.
+    """
+    require("torch", "train", "augmenting images")
+    from fieldmark.training.preview import draw_preview, preview_config
+    from fieldmark.training.start import _resolve_pretrained
+
+    config = preview_config(source, recipe, settings)
+    pretrained = _resolve_pretrained(config.model)
+    return Result(Path(out), draw_preview(Path(out), config, pretrained, num_rows=rows))
+
+
 def quickstart(out: str | Path | None = None) -> Result:
     """Run the whole job on handwritten digits: train, export, verify, predict one image."""
     require("torch", "train", "the quickstart")

@@ -160,6 +160,19 @@ def show_predictions(results: "Iterable[FileResult]", as_json: bool) -> int:
     return num_errors
 
 
+def show_augment(result: Result) -> None:
+    """Show what is applied, and where the picture is."""
+    facts = result.facts
+    height, width = facts["image_px"]
+    facts_table(
+        [
+            ("applied", facts["applied"]),
+            ("images", f"{width} x {height} px, read from {facts['storage']}"),
+            ("picture", f"{result.path} ({facts['rows']} images, {facts['views']} views of each)"),
+        ]
+    )
+
+
 def show_info(result: Result) -> None:
     """Show what is known of a package, a run, or a data source."""
     facts = dict(result.facts)
