@@ -80,6 +80,5 @@ def lr_factor(
 
 def _decays(step_epochs: float, steps: int, steps_per_epoch: int) -> int:
     """Return how many whole `step_epochs` there are in `steps`, counted in updates."""
-    # Products of a decimal fraction such as 2.4 are rounded first: 3 * 2.4 epochs of 5 updates are
-    # 36 updates, not 35.999.
+    # Rounded first: 0.07 epochs of 100 updates are 7 updates, not 7.000000000000001.
     return math.floor(round(steps / (step_epochs * steps_per_epoch), 9))

@@ -127,10 +127,11 @@ def test_equal_to_timm_s_schedulers(kind: str, from_start: bool) -> None:
 
 
 def test_a_fraction_of_an_epoch_falls_on_the_update_it_names() -> None:
-    config = ScheduleConfig(name="step", step_epochs=2.4, step_factor=0.5)
-    for count in range(1, 400):  # every 12 updates; in floating point 2.4 * 5 * k is often less
+    config = ScheduleConfig(name="step", step_epochs=0.07, step_factor=0.5)
+    assert 0.07 * 100 > 7  # so that the seventh update would come too early
+    for count in range(1, 300):
         before, at = (
-            lr_factor(config, 12 * count + shift, total=9999, warmup=0, steps_per_epoch=5)
+            lr_factor(config, 7 * count + shift, total=9999, warmup=0, steps_per_epoch=100)
             for shift in (-1, 0)
         )
         assert at == pytest.approx(before / 2)
