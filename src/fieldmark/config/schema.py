@@ -205,7 +205,7 @@ class OptimConfig(Section):
     """How weights move. `name` is sgd, adamw, muon, or any optimizer of timm.optim."""
 
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
-        "name": {"args": {}, "nesterov": False, "filter_lr": 0}
+        "name": {"args": {}, "nesterov": False, "momentum": 0.9, "filter_lr": 0}
     }
 
     name: str = "sgd"
@@ -232,6 +232,7 @@ class ScheduleConfig(Section):
     units: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("warmup_epochs", "warmup_steps", "warmup_examples", "warmup_frac"),
     )
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {"name": {"step_epochs": 0, "end_factor": 0}}
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -255,6 +256,11 @@ class ScheduleConfig(Section):
                 "schedule.step_epochs belongs to schedule.name=step, which needs it. "
                 f"Got {self.step_epochs:g} with {self.name}"
             )
+        if self.end_factor and self.name in ("step", "constant"):
+            raise ValueError(
+                "schedule.end_factor belongs to schedule.name=cosine and linear. "
+                f"Got {self.end_factor:g} with {self.name}"
+            )
         return self
 
 
@@ -265,12 +271,17 @@ class TrainConfig(Section):
         ("epochs", "steps", "examples", "max_minutes"),
         ("checkpoint_epochs", "checkpoint_steps"),
     )
+    # Who says how long does not want it lengthened.
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {
+        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples", "max_minutes")
+    }
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
     method: Literal["gradient", "linear-probe"] = "gradient"
     epochs: float = Field(default=0.0, ge=0)
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
+    min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
     max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it, once
     batch_size: PositiveInt | Literal["auto"] = 32  # examples per update, over all devices
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update
@@ -301,6 +312,10 @@ class TrainConfig(Section):
         if self.method == "gradient" and len(given) != 1:
             raise ValueError(
                 "train: exactly one of epochs, steps, examples, max_minutes must be above 0"
+            )
+        if self.min_steps and not self.epochs:
+            raise ValueError(
+                f"train.min_steps belongs to train.epochs. Got {self.min_steps} without epochs"
             )
         if len(self._set_units(self.units[1])) != 1:
             raise ValueError(

@@ -52,6 +52,24 @@ def test_setting_one_unit_clears_the_others() -> None:
     assert (epochs.schedule.warmup_epochs, epochs.schedule.warmup_frac) == (0.5, 0)
 
 
+def test_who_says_how_long_is_not_overruled_by_a_least_length() -> None:
+    base = find_recipe("finetune")
+    assert base.train.min_steps > 0
+    for setting in ("train.epochs=2", "train.steps=3", "train.examples=99", "train.max_minutes=5"):
+        assert override(base, [setting]).train.min_steps == 0
+    both = override(base, ["train.epochs=2", "train.min_steps=50"]).train
+    assert (both.epochs, both.min_steps) == (2, 50)
+    with pytest.raises(ConfigError, match=r"min_steps belongs to train\.epochs"):
+        override(base, ["train.steps=3", "train.min_steps=5"])
+
+
+def test_another_schedule_loses_what_belongs_to_the_one_before() -> None:
+    steps = find_recipe("imagenet-resnet50")
+    assert override(steps, ["schedule.name=cosine"]).schedule.step_epochs == 0
+    linear = override(BASE, ["schedule.name=linear", "schedule.end_factor=0.1"])
+    assert override(linear, ["schedule.name=constant"]).schedule.end_factor == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

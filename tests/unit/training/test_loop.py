@@ -132,7 +132,9 @@ def test_groups_separate_head_and_decay() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsproptf", "lion", "muon"])
 def test_optimizers_by_name(name: str) -> None:
     network = small_network()
-    rule = make_rule(network, OptimConfig(name=name, lr=1e-3, weight_decay=1e-2))
+    filter_lr = 0.1 if name == "muon" else 0
+    config = OptimConfig(name=name, lr=1e-3, weight_decay=1e-2, filter_lr=filter_lr)
+    rule = make_rule(network, config)
     before = [p.detach().clone() for p in network.parameters()]
     list(train_steps(rule, batches(8), start_step=0, total_steps=1))
     moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True)]
