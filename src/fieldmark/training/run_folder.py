@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -51,17 +51,19 @@ class RunFolder:
 
         Raises:
             RunError: the folder exists; the message says how to resume.
+            DiskFull: there is no room for its first files.
         """
         if path.exists() and not _is_vacant(path):
             raise RunError(
                 f"--out {path} must not exist yet. Resume with: fieldmark train --resume "
                 f"--out {path}, or choose another folder."
             )
-        path.mkdir(parents=True, exist_ok=True)
-        sync_folder(path.parent)
-        run = cls(path)
-        run.checkpoints.mkdir(exist_ok=True)
-        write_json(path / "config.json", config.model_dump(mode="json"))
+        with _room_for(path, "run the same command again"):
+            path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
+            run = cls(path)
+            run.checkpoints.mkdir(exist_ok=True)
+            write_json(path / "config.json", config.model_dump(mode="json"))
         return run
 
     @classmethod
@@ -73,8 +75,9 @@ class RunFolder:
         """
         if not (path / "config.json").is_file():
             raise RunError(f"{path} must be a run to resume. Found no config.json in it.")
-        run = cls(path)
-        run.checkpoints.mkdir(exist_ok=True)
+        with _room_for(path, "resume"):
+            run = cls(path)
+            run.checkpoints.mkdir(exist_ok=True)
         return run
 
     @property
@@ -155,11 +158,8 @@ class RunFolder:
         self._lock.close()
         if isinstance(error, KeyboardInterrupt):
             raise stop_error(error, f"stopped before the run had ended. {self._next()}") from None
-        if is_disk_full(error):
-            reason = str(error)
-            if isinstance(error, OSError):
-                reason = f"{error.filename or self.path} cannot be written: {error.strerror}."
-            raise DiskFull(f"{reason} Make room. {self._next()}") from error
+        if error is not None and is_disk_full(error):
+            raise DiskFull(f"{_reason(error, self.path)} Make room. {self._next()}") from error
 
     def _next(self) -> str:
         """What to do with the run after it was cut short."""
@@ -197,6 +197,24 @@ def default_folder(name: str) -> Path:
         number += 1
         path = base / f"{name}-{number}"
     return path
+
+
+@contextlib.contextmanager
+def _room_for(path: Path, action: str) -> Iterator[None]:
+    """Say in a sentence that there is no room for a run's first files."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFull(f"{_reason(error, path)} Make room and {action}.") from error
+
+
+def _reason(error: BaseException, path: Path) -> str:
+    """An error of a full disk as a sentence."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename or path} cannot be written: {error.strerror}."
 
 
 def _is_vacant(path: Path) -> bool:
