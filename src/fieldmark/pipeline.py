@@ -66,13 +66,14 @@ def train(
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
     from fieldmark.training.prepare import BROKEN
-    from fieldmark.training.session import Interrupted, summary_sentence
+    from fieldmark.training.session import summary_sentence
+    from fieldmark.training.signals import stop_requests
     from fieldmark.training.start import open_run, start_session
 
     if pie is not None and not Path(pie).absolute().parent.is_dir():
         raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
     run = open_run(recipe, settings, None if out is None else Path(out), resume)
-    with run:
+    with run, stop_requests(at_once=True):
         if (run.path / RESULT_FILE).is_file():
             say(f"run {run.path} has ended already: nothing to resume")
             facts = read_json(run.path / RESULT_FILE)
@@ -92,27 +93,21 @@ def train(
             {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
             "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
         )
-        try:
-            facts = finish_run(
-                run.path,
-                config,
-                splits=ready.splits,
-                preprocess=ready.images.preprocess,
-                network=trained.network,
-                architecture=ready.architecture,
-                pretrained=ready.pretrained,
-                training={
-                    "steps": trained.step,
-                    "selected_by": selected_by,
-                    "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
-                },
-                device=ready.session.device,
-            )
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped after training, before the package was written. "
-                f"Resume with: fieldmark train --resume --out {run.path}"
-            ) from None
+        facts = finish_run(
+            run.path,
+            config,
+            splits=ready.splits,
+            preprocess=ready.images.preprocess,
+            network=trained.network,
+            architecture=ready.architecture,
+            pretrained=ready.pretrained,
+            training={
+                "steps": trained.step,
+                "selected_by": selected_by,
+                "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
+            },
+            device=ready.session.device,
+        )
     _draw_classes(facts, pie)
     return Result(run.path, facts | {"images_per_s": trained.images_per_s})
 

@@ -156,7 +156,7 @@ class FileBatches:
             num_workers=self._num_workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_stop_signals,
             prefetch_factor=_PREFETCHED if self._num_workers else None,
             # Its own generator: the default would draw from torch's global one, and dropout would
             # then depend on how often an iterator was started.
@@ -292,10 +292,18 @@ def _collate(samples: list[_Sample | _Broken]) -> _Batch:
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group. The parent decides; workers would only each print a
-    # traceback. If the parent is killed, DataLoader's workers notice within seconds and end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stop_signals(worker: int) -> None:
+    # Ctrl-C reaches the whole process group, and a cluster's signals every process of the job. The
+    # parent decides: it still needs its batches to finish an update. If it is killed, DataLoader's
+    # workers notice within seconds and end.
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGHUP,
+    ):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read(reader: Iterator[_Batch], has_workers: bool) -> Iterator[_Batch]:

@@ -1,11 +1,8 @@
 """One training run from its last checkpoint to its last update."""
 
 import copy
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
-from fieldmark.errors import CheckpointError, NonFiniteLoss, RunError
+from fieldmark.errors import CheckpointError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
@@ -34,6 +31,7 @@ from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.run_folder import RunFolder
 from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
+from fieldmark.training.signals import stop_requests
 
 FLUSH_STEPS = 20  # losses are read, checked and written this often: each reading waits for the GPU
 
@@ -51,13 +49,6 @@ class Batches(Protocol):
 
 Validate = Callable[[nn.Module], tuple[Rate, float]]
 """A network in eval mode -> (top-1 accuracy, loss in nats) on the validation split."""
-
-
-class Interrupted(RunError):
-    """The run was asked to stop and left a checkpoint."""
-
-    code = "interrupted"
-    exit_status = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +120,7 @@ class Session:
         """Train to the end, or until asked to stop; leave the chosen weights in the network.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+            Interrupted, Preempted: a signal came; a checkpoint was written.
             NonFiniteLoss: the loss or a gradient is not a number; the last checkpoint is sound.
         """
         started = time.monotonic()
@@ -140,7 +131,7 @@ class Session:
         stopped_early = self._should_stop_early(self.start, per_epoch)
         last = self.start if stopped_early else self.total
         try:
-            with _stop_requests() as asked:
+            with stop_requests() as asked:
                 for step in train_steps(
                     self.rule, batches, start_step=self.start, total_steps=last
                 ):
@@ -158,7 +149,7 @@ class Session:
                     if improved or wants_stop or self._checkpoint_is_due(step.index, per_epoch):
                         self._save()
                     if wants_stop:
-                        raise Interrupted(self._resume_sentence())
+                        raise asked.error(self._resume_sentence())
                     if stopped_early:
                         break
         finally:
@@ -325,28 +316,6 @@ def _is_finite(line: dict[str, Any], *, scaled: bool) -> bool:
         and norm_is_finite
         and (scaled or line["grad_norm"] == line["grad_norm"])
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Set the event on SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals reach the main thread only
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        warn("stopping after this update; a checkpoint follows")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary_sentence(result: TrainResult) -> str:
