@@ -79,6 +79,13 @@ def load_train_images(
     return TrainImages(spec, split, pixels, labels)
 
 
+def pretrained_preprocess(
+    model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel
+) -> Preprocess:
+    """Return the preprocessing of pretrained weights, with what the configuration changes."""
+    return _spec_without_normalisation(model, evaluation, pretrained, native_px=0)
+
+
 def check_splits(
     splits: Splits,
     preprocess: Preprocess,
