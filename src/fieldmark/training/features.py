@@ -251,7 +251,8 @@ def _load(path: Path, stamp: str) -> _Part | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:  # zip checks a CRC of each array
+        # Opened here, because numpy leaves a damaged file open. zip checks a CRC of each array.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["made_from"]) != stamp:
                 return None
             broken = [(name, reason) for name, reason in json.loads(str(stored["broken"]))]
