@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 import fieldmark
 from fieldmark.cookbook import load_recipe
@@ -21,18 +20,7 @@ from fieldmark.training import features, probe
 from fieldmark.training.features import Features
 from fieldmark.training.regression import fit
 from fieldmark.training.session import Interrupted
-
-
-def save_weights(folder: Path, name: str = "test_resnet", seed: int = 0) -> Path:
-    """Write a network of random weights as timm's folder format, with five unrelated classes."""
-    torch.manual_seed(seed)
-    network = timm.create_model(name, num_classes=5)
-    folder.mkdir(exist_ok=True)
-    save_file(network.state_dict(), folder / "model.safetensors")
-    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
-    config = {"architecture": name, "num_classes": 5, "pretrained_cfg": cfg}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+from random_weights import save_weights
 
 
 @pytest.fixture
