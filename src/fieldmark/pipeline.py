@@ -23,8 +23,10 @@ from fieldmark.runtime.files import read_json
 from fieldmark.runtime.log import say
 
 if TYPE_CHECKING:
+    from fieldmark.config import RunConfig
     from fieldmark.serving.files import FileResult
     from fieldmark.serving.predictor import Predictor
+    from fieldmark.training.run_folder import RunFolder
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript"]
@@ -80,6 +82,10 @@ def train(
             _draw_classes(facts, pie)
             return Result(run.path, facts)
         config = run.config()
+        if config.train.method == "linear-probe":
+            facts = _train_probe(run, config, resume=resume)
+            _draw_classes(facts, pie)
+            return Result(run.path, facts)
         try:
             ready = start_session(run, config, make_validation)
         except (FieldmarkError, KeyboardInterrupt):
@@ -398,6 +404,58 @@ def package_folder(model: str | Path) -> Path:
 
     found = find_package(Path(model))
     return found if found is not None else open_package(Path(model)).path
+
+
+def _train_probe(run: "RunFolder", config: "RunConfig", *, resume: bool) -> dict[str, Any]:
+    """Fit a new head to features of the pretrained network, measure it, and package it."""
+    from fieldmark.evaluation.finish import finish_run
+    from fieldmark.training.prepare import BROKEN
+    from fieldmark.training.probe import finish_report, fit_probe
+    from fieldmark.training.session import Interrupted
+    from fieldmark.training.start import start_probe
+
+    try:
+        ready = start_probe(run, config)
+        report = fit_probe(
+            ready,
+            probe=config.probe,
+            train=config.train,
+            data=config.data,
+            evaluation=config.eval,
+        )
+    except Interrupted:
+        raise  # what was extracted serves the resumed run
+    except (FieldmarkError, KeyboardInterrupt):
+        if not resume:
+            run.discard()  # nothing was fitted: the same command can be tried again
+        raise
+    selected_by = run.decide(
+        "selection", {"split": "train", "step": 0}, "the penalty that cross-validation chose"
+    )
+    try:
+        facts = finish_run(
+            run.path,
+            config,
+            splits=ready.splits,
+            preprocess=ready.preprocess,
+            network=ready.network,
+            architecture=ready.architecture,
+            pretrained=ready.pretrained,
+            training={
+                "steps": 0,
+                "selected_by": selected_by,
+                "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
+                "probe": report,
+            },
+            device=ready.device,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after the fit, before the package was written. "
+            f"Resume with: fieldmark train --resume --out {run.path}"
+        ) from None
+    finish_report(run.path, report, facts)
+    return facts
 
 
 def _draw_classes(facts: dict[str, Any], pie: str | Path | None) -> None:

@@ -1,5 +1,6 @@
 """The sections of a run's configuration. Plain values only: nothing here imports torch."""
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -342,6 +343,16 @@ class ProbeConfig(Section):
     neighbours: int = Field(default=20, gt=0)  # of the k-NN reported beside it
     views: Literal["one", "mirrored"] = "one"  # mirrored: each train image and its mirror image
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = self.penalties
+        if not given or len(set(given)) < len(given) or not all(0 < p < math.inf for p in given):
+            raise ValueError(
+                "probe.penalties must list different numbers above 0. "
+                f"Got {list(given)}. Example: [0.01, 0.1, 1.0]"
+            )
+        return self
+
 
 class EvalConfig(Section):
     """How an image is prepared for evaluation and serving, where the weights do not say."""
@@ -361,6 +372,27 @@ class PackageConfig(Section):
     license: str = ""  # empty: that of the pretrained weights
 
 
+# Sections and keys that a linear probe has no use for.
+_NOT_OF_A_PROBE: dict[str, tuple[str, ...]] = {
+    "data": ("storage", "max_resident_mb", "num_workers", "sampler", "repeats"),
+    "augment": tuple(AugmentConfig.model_fields),
+    "model": ("freeze", "drop_rate", "drop_path_rate"),
+    "loss": tuple(LossConfig.model_fields),
+    "optim": tuple(OptimConfig.model_fields),
+    "schedule": tuple(ScheduleConfig.model_fields),
+    "train": tuple(
+        key
+        for key in TrainConfig.model_fields
+        if key not in ("method", "channels_last", "seed", "device", "threads")
+    ),
+}
+
+
+def _is_default(section: Section, key: str) -> bool:
+    field = type(section).model_fields[key]
+    return bool(getattr(section, key) == field.get_default(call_default_factory=True))
+
+
 class RunConfig(Section):
     """Everything a run is told; its JSON reloads equal."""
 
@@ -375,6 +407,35 @@ class RunConfig(Section):
     probe: ProbeConfig = ProbeConfig()
     eval: EvalConfig = EvalConfig()
     package: PackageConfig = PackageConfig()
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        """What the method of training does not read must be left alone."""
+        probed = self.train.method == "linear-probe"
+        if probed and not self.model.pretrained:
+            raise ValueError(
+                "train.method=linear-probe needs model.pretrained, whose features it reads. Got "
+                "none. Example: model.pretrained=local-dir:PATH"
+            )
+        unread = _NOT_OF_A_PROBE if probed else {"probe": tuple(ProbeConfig.model_fields)}
+        changed = [
+            f"{section}.{key}={getattr(getattr(self, section), key)!r}"
+            for section, keys in unread.items()
+            for key in keys
+            if not _is_default(getattr(self, section), key)
+        ]
+        if changed:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            advice = (
+                "Leave them out, and start from the recipe linear-probe"
+                if probed
+                else "Leave them out, or set train.method=linear-probe"
+            )
+            raise ValueError(
+                f"train.method={self.train.method} must leave settings that it does not read at "
+                f"their defaults. Got {', '.join(changed[:4])}{more}. {advice}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -6,6 +6,7 @@ from fieldmark.cookbook import (  # noqa: F401  (they register themselves)
     finetune,
     imagenet,
     imagenet_vit,
+    probe,
 )
 from fieldmark.cookbook.registry import RECIPES, Recipe, find_recipe, load_recipe
 

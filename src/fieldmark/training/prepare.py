@@ -116,6 +116,13 @@ def decide_augment(
     return AugmentConfig.model_validate(decided)
 
 
+def pretrained_preprocess(
+    model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel
+) -> Preprocess:
+    """Return the preprocessing of pretrained weights, with what the configuration changes."""
+    return _spec_without_normalisation(model, evaluation, pretrained, native_px=0)
+
+
 def check_splits(
     splits: Splits,
     preprocess: Preprocess,
