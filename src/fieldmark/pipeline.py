@@ -408,10 +408,10 @@ def package_folder(model: str | Path) -> Path:
 
 def _train_probe(run: "RunFolder", config: "RunConfig", *, resume: bool) -> dict[str, Any]:
     """Fit a new head to features of the pretrained network, measure it, and package it."""
+    from fieldmark.errors import Interrupted
     from fieldmark.evaluation.finish import finish_run
     from fieldmark.training.prepare import BROKEN
     from fieldmark.training.probe import finish_report, fit_probe
-    from fieldmark.training.session import Interrupted
     from fieldmark.training.start import start_probe
 
     try:

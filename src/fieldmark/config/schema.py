@@ -143,7 +143,6 @@ class LossConfig(Section):
     adjust_tau: float = Field(default=1.0, gt=0)  # of logit-adjusted: times the log of the prior
     # of bce: soft targets above it become 1, others 0; 0 leaves them as they are
     bce_threshold: float = Field(default=0.0, ge=0, lt=1)
-    reduction: Literal["mean", "sum"] = "mean"  # over the examples of an update, of its gradient
 
     @property
     def balancing(self) -> list[str]:
@@ -221,9 +220,6 @@ class OptimConfig(Section):
     bias_lr_factor: float = Field(default=1.0, gt=0)  # times lr, for norms and biases
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next
     max_grad_norm: float = Field(default=0.0, ge=0)  # 0: no clipping
-    lookahead_steps: int = Field(default=0, ge=0)  # 0: none
-    lookahead_decay: float = Field(default=0.95, gt=0, lt=1)  # of the slow weights, per update
-    stem_epochs: float = Field(default=0.0, ge=0)  # airnet's stem learns so long; 0: to the end
     args: dict[str, Any] = Field(default_factory=dict)  # further arguments of the optimizer
 
 
@@ -269,12 +265,12 @@ class TrainConfig(Section):
     """How long, how much at once, and with which arithmetic."""
 
     units: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("epochs", "steps", "examples", "max_minutes"),
+        ("epochs", "steps", "examples"),
         ("checkpoint_epochs", "checkpoint_steps"),
     )
     # Who says how long does not want it lengthened.
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
-        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples", "max_minutes")
+        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples")
     }
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
@@ -283,14 +279,11 @@ class TrainConfig(Section):
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
     min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
-    max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it, once
-    batch_size: PositiveInt | Literal["auto"] = 32  # examples per update, over all devices
+    batch_size: PositiveInt = 32  # examples per update
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update
-    keep_hardest_frac: float = Field(default=1.0, gt=0, le=1)  # of a batch, as a small network sees
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = True
     compile: bool = False
-    sync_batch_norm: bool = False  # statistics over all devices; CUDA only
     ema_decay: float = Field(default=0.0, ge=0, lt=1)  # 0: no moving average of the weights
     ema_warmup: bool = False  # the average begins short and lengthens to ema_decay
     ema_steps: int = Field(default=1, gt=0)  # the average moves every so many updates
@@ -302,18 +295,12 @@ class TrainConfig(Section):
     checkpoint_steps: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, gt=0)  # beside the best
     early_stop_epochs: int = Field(default=0, ge=0)  # 0: never
-    bad_updates: int = Field(default=3, gt=0)  # in a row that make the run roll back
-    max_rollbacks: int = Field(default=3, ge=0)  # after which it stops with a diagnosis
-    rollback_lr_factor: float = Field(default=0.5, gt=0, le=1)  # times the rate, each time
-    spike_factor: float = Field(default=3.0, ge=0)  # loss over its recent median; 0: not watched
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = self._set_units(self.units[0])
         if self.method == "gradient" and len(given) != 1:
-            raise ValueError(
-                "train: exactly one of epochs, steps, examples, max_minutes must be above 0"
-            )
+            raise ValueError("train: exactly one of epochs, steps, examples must be above 0")
         if self.min_steps and not self.epochs:
             raise ValueError(
                 f"train.min_steps belongs to train.epochs. Got {self.min_steps} without epochs"
@@ -327,7 +314,7 @@ class TrainConfig(Section):
                 f"train.early_stop_epochs must be at least train.eval_epochs. "
                 f"Got {self.early_stop_epochs} and {self.eval_epochs}"
             )
-        if self.batch_size != "auto" and self.batch_size % self.accumulation_steps:
+        if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulation_steps. "
                 f"Got {self.batch_size} and {self.accumulation_steps}"
@@ -361,7 +348,6 @@ class EvalConfig(Section):
     crop_frac: float = Field(default=0.0, ge=0, le=1)  # 0: the weights' own, else 1
     interpolation: Interpolation | Literal["auto"] = "auto"
     scaled_decoding: bool = False
-    views: Literal["one", "six"] = "one"  # six: also reported over mirror images and shifts
 
 
 class PackageConfig(Section):
@@ -441,11 +427,6 @@ class RunConfig(Section):
     def _consistent(self) -> Self:
         if self.train.early_stop_epochs and not self.data.val_frac:
             raise ValueError("train.early_stop_epochs needs a validation split. data.val_frac is 0")
-        if self.train.keep_hardest_frac < 1 and self.model.arch != "airnet":
-            raise ValueError(
-                "train.keep_hardest_frac below 1 needs model.arch=airnet, whose narrow form "
-                f"chooses. Got {self.model.arch or self.model.pretrained!r}"
-            )
         if self.loss.balancing and self.data.sampler != "shuffle":
             raise ValueError(
                 f"loss.{self.loss.balancing[0]} and data.sampler={self.data.sampler} both make up "

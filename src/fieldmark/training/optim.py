@@ -13,6 +13,7 @@ from torch import nn
 from fieldmark.config import OptimConfig
 from fieldmark.errors import ConfigError, UnknownName
 from fieldmark.model import head_parameters
+from fieldmark.training.muon import Muon
 
 Groups = list[dict[str, Any]]
 
@@ -130,6 +131,13 @@ def _make_adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **config.args)
 
 
+def _make_muon(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
+    for group in groups:
+        if "filters" in group:
+            group["momentum"] = config.filter_momentum
+    return Muon(groups, config.lr, config.momentum, config.nesterov)
+
+
 def _make_timm(name: str, groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     """Return an optimizer of timm, from its class: timm's factory drops what does not fit."""
     known = [str(known) for known in list_optimizers()]
@@ -170,4 +178,5 @@ def _refuse_momentum(name: str, config: OptimConfig) -> None:
 _OWN: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = {
     "sgd": _make_sgd,
     "adamw": _make_adamw,
+    "muon": _make_muon,
 }

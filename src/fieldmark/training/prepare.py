@@ -91,6 +91,11 @@ def preprocess_of(
         native_px = _native_px(split)
         px = native_px if 0 < native_px <= _SMALL_PX else _DEFAULT_PX
         spec = Preprocess(height_px=px, width_px=px, mean=(0, 0, 0), std=(1, 1, 1))
+    return _with_changes(spec, model, evaluation)
+
+
+def _with_changes(spec: Preprocess, model: ModelConfig, evaluation: EvalConfig) -> Preprocess:
+    """Return a specification with what the configuration changes of it."""
     changes: dict[str, object] = {}
     if evaluation.scaled_decoding:
         changes["scaled_decoding"] = True
@@ -120,7 +125,7 @@ def pretrained_preprocess(
     model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel
 ) -> Preprocess:
     """Return the preprocessing of pretrained weights, with what the configuration changes."""
-    return _spec_without_normalisation(model, evaluation, pretrained, native_px=0)
+    return _with_changes(pretrained.preprocess, model, evaluation)
 
 
 def check_splits(

@@ -14,7 +14,7 @@ from torch import nn
 from fieldmark.config import DataConfig, EvalConfig, ProbeConfig, TrainConfig
 from fieldmark.data.labelled import Labels, Split
 from fieldmark.data.split import Splits
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, Interrupted
 from fieldmark.measure import Rate, wilson
 from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel
@@ -36,7 +36,6 @@ from fieldmark.training.regression import (
     sample_for_folds,
 )
 from fieldmark.training.run_folder import RunFolder
-from fieldmark.training.session import Interrupted
 
 REPORT_FILE = "probe.json"
 

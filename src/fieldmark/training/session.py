@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -16,6 +15,7 @@ from fieldmark.errors import CheckpointError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
+from fieldmark.training.average import MovingAverage
 from fieldmark.training.checkpoint import (
     Best,
     checkpoint_path,
@@ -99,7 +99,13 @@ class Session:
             loss_fn=make_loss(loss, class_counts=class_counts),
             optimizer=make_optimizer(self.network, optim),
             scaler=make_scaler(train, device),
-            lr_factor=partial(lr_factor, schedule, total=self.total, warmup=warmup),
+            lr_factor=partial(
+                lr_factor,
+                schedule,
+                total=self.total,
+                warmup=warmup,
+                steps_per_epoch=data.steps_per_epoch,
+            ),
             autocast=partial(autocast, train, device),
             batch_size=train.batch_size,
             accumulation_steps=train.accumulation_steps,
@@ -108,7 +114,11 @@ class Session:
             seed=train.seed,
         )
         self.lr = optim.lr
-        self.ema = ModelEmaV3(self.network, decay=train.ema_decay) if train.ema_decay else None
+        self.ema: MovingAverage | None = None
+        if train.ema_decay:
+            self.ema = MovingAverage(
+                self.network, train.ema_decay, warmup=train.ema_warmup, every=train.ema_steps
+            )
         self.best: Best | None = None
         self.start = self._restore()
         self.done = self.start
@@ -137,7 +147,7 @@ class Session:
                 ):
                     self.done = step.index
                     if self.ema is not None:
-                        self.ema.update(self.network, step.index)
+                        self.ema.update(step.index)
                     self._pending.append(step)
                     if len(self._pending) >= FLUSH_STEPS:
                         self._flush()

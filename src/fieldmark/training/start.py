@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fieldmark.config import DataConfig, ModelConfig, RunConfig
 from fieldmark.cookbook import load_recipe
+from fieldmark.data.sizes import image_px_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
 from fieldmark.errors import ConfigError, DataError, ModelError
@@ -92,6 +94,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         train=train,
         num_classes=len(splits.class_names),
         device=device,
+        image_px=partial(_image_px, run, images) if images.augment.sizes else None,
     )
     validate = make_validation(
         splits.val,
@@ -117,6 +120,12 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         device=device,
     )
     return Ready(session, splits, images, architecture, pretrained)
+
+
+def _image_px(run: RunFolder, images: TrainImages, step: int) -> int:
+    """Return the side of the images of update `step` (from 0); the run's length is decided."""
+    total = run.decisions("total_steps")[""]
+    return image_px_at(images.augment.sizes, step, total, images.preprocess.height_px)
 
 
 def start_probe(run: RunFolder, config: RunConfig) -> ReadyProbe:

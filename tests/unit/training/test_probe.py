@@ -13,13 +13,12 @@ import fieldmark
 from fieldmark.cookbook import load_recipe
 from fieldmark.data.source import open_source
 from fieldmark.data.split import make_splits
-from fieldmark.errors import ConfigError, DataError, ModelError
+from fieldmark.errors import ConfigError, DataError, Interrupted, ModelError
 from fieldmark.evaluation.backends import open_reference
 from fieldmark.packaging.resolve import resolve_model
 from fieldmark.training import features, probe
 from fieldmark.training.features import Features
 from fieldmark.training.regression import fit
-from fieldmark.training.session import Interrupted
 from random_weights import save_weights
 
 
