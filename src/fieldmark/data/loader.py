@@ -5,8 +5,10 @@ nothing, nor does the division into ranks.
 Workers return uint8: a quarter of the bytes of float32 through the pipe, normalised on the device.
 """
 
+import contextlib
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ from fieldmark.runtime.log import warn
 
 _PREFETCHED = 3  # micro-batches per worker
 _NAMED_FILES = 5
+_SIGNAL_WAIT_S = 0.2
 
 NO_BOX = (0, 0, 0, 0)
 
@@ -314,6 +317,10 @@ def _read(reader: Iterator[_Batch], has_workers: bool) -> Iterator[_Batch]:
         except (RuntimeError, OSError, EOFError) as error:
             if not has_workers or "in DataLoader worker process" in str(error):
                 raise
+            # torch tells of the killed process a second time, from a signal handler, wherever the
+            # program then is: let it be here.
+            with contextlib.suppress(RuntimeError):
+                time.sleep(_SIGNAL_WAIT_S)
             detail = str(error) or type(error).__name__
             raise DataError(
                 "processes that read images must keep running. Got one that was killed, as for "

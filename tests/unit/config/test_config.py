@@ -53,9 +53,8 @@ def test_setting_one_unit_clears_the_others() -> None:
 
 
 def test_who_says_how_long_is_not_overruled_by_a_least_length() -> None:
-    base = find_recipe("finetune")
-    assert base.train.min_steps > 0
-    for setting in ("train.epochs=2", "train.steps=3", "train.examples=99", "train.max_minutes=5"):
+    base = override(find_recipe("finetune"), ["train.min_steps=100"])
+    for setting in ("train.epochs=2", "train.steps=3", "train.examples=99"):
         assert override(base, [setting]).train.min_steps == 0
     both = override(base, ["train.epochs=2", "train.min_steps=50"]).train
     assert (both.epochs, both.min_steps) == (2, 50)
