@@ -132,6 +132,8 @@ def check_equal(run: Path, calm: Path) -> None:
 def start(out: Path, settings: Sequence[str], **options: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [PROGRAM, "train", "digits", *settings, "--out", str(out)],
+        # Under nohup, tests and what they start ignore a lost terminal.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},  # type: ignore[call-overload]
     )
 
