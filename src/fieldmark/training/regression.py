@@ -26,10 +26,10 @@ from fieldmark.runtime.seed import derive_seed
 
 FloatArray = npt.NDArray[np.float32]
 
-# Images x features x classes that cross-validation works on; beyond, it takes a part of the
-# images: 50,000 x 1280 x 10 lies below, a minute or two of two cores.
+# Views of images x features x classes that cross-validation works on; beyond, it takes a part of
+# the images. 50,000 x 1280 x 10 lies below, with mirror images too.
 MAX_CV_WORK = 2_000_000_000
-MAX_CV_BYTES = 2_000_000_000  # of features that folds copy at the same time
+MAX_CV_BYTES = 2_500_000_000  # of features that folds copy at the same time
 MAX_KNN_WORK = 500_000_000_000  # multiplications of a k-NN; beyond, it looks at a part of val
 MAX_ITERATIONS = 1_000
 TOLERANCE = 1e-4  # of the gradient's largest component: scikit-learn's default
