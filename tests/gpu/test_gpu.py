@@ -1,11 +1,25 @@
-"""What only a CUDA device can show: mixed precision with a scaler, and equal answers to the CPU."""
+"""What only a CUDA device can show: mixed precision with a scaler, equal answers, its memory."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import fieldmark
+from fieldmark.config import LossConfig, OptimConfig, TrainConfig
+from fieldmark.errors import OutOfMemory
+from fieldmark.model import Architecture, build
+from fieldmark.training.batch_size import (
+    give_back,
+    largest_that_fits,
+    out_of_memory_explained,
+    settle_batch_size,
+)
+from fieldmark.training.capacity import Run, measure_memory, peak_memory_bytes, rehearsal
+from fieldmark.training.losses import make_loss
+from fieldmark.training.optim import make_optimizer
 
 pytestmark = pytest.mark.gpu
 
@@ -43,3 +57,68 @@ def test_a_resumed_run_equals_the_undisturbed_one(tmp_path: Path, tiny_settings:
         assert found is not None
         states.append(found[1]["network"])
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def resnet18_update(network: torch.nn.Module) -> Run:
+    return rehearsal(
+        network,
+        make_optimizer=lambda twin: make_optimizer(twin, OptimConfig()),
+        loss_fn=make_loss(LossConfig()),
+        autocast=contextlib.nullcontext,
+        freeze="none",
+        image_shape=(3, 64, 64),
+        channels_last=True,
+    )
+
+
+@needs_cuda
+def test_a_full_gpu_is_answered_with_the_largest_batch_that_fits() -> None:
+    """On a card that is made small, so that the search takes seconds."""
+    network = build(Architecture("resnet18", 10, {})).cuda()
+    update = resnet18_update(network)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        with (
+            pytest.raises(OutOfMemory, match="must fit into the GPU's memory") as caught,
+            out_of_memory_explained(update, batch_size=4096, accumulation_steps=1),
+        ):
+            update(4096)
+        advised = re.search(r"train\.batch_size=(\d+), the largest", str(caught.value))
+        assert advised is not None
+        give_back()
+        update(int(advised[1]))  # and it does
+        give_back()
+        assert largest_that_fits(update, 4096) < 4096
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        give_back()
+
+
+@needs_cuda
+def test_the_estimate_is_what_the_gpu_s_allocator_gave() -> None:
+    """Tensors are the same on both devices; on this one the allocator counts them itself."""
+    device = torch.device("cuda")
+    network = build(Architecture("resnet18", 10, {})).to(device)
+    update = resnet18_update(network)
+    estimate = measure_memory(update).tensor_bytes(128)
+    give_back()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    update(128)
+    grown = peak_memory_bytes(device) - before
+    assert 0.7 * grown < estimate < 1.1 * grown  # cuDNN's scratch memory is the rest
+
+
+@needs_cuda
+def test_auto_takes_a_batch_that_the_gpu_holds() -> None:
+    network = build(Architecture("resnet18", 10, {})).cuda()
+    settled = settle_batch_size(
+        TrainConfig(epochs=1, batch_size="auto"),
+        resnet18_update(network),
+        num_updates=2,
+        num_images=50_000,
+        device=torch.device("cuda"),
+        decide_once=lambda _, find: find()[0],
+    )
+    assert 32 <= settled.examples_per_update <= 1024

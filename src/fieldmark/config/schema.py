@@ -321,6 +321,17 @@ class TrainConfig(Section):
             )
         return self
 
+    @property
+    def examples_per_update(self) -> int:
+        """`batch_size` as a number.
+
+        Raises:
+            ValueError: it is still "auto", which is decided when a run starts.
+        """
+        if self.batch_size == "auto":
+            raise ValueError("train.batch_size must have been decided. Got 'auto'.")
+        return self.batch_size
+
 
 class ProbeConfig(Section):
     """How a linear probe is fitted: train.method=linear-probe."""

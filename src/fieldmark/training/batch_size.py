@@ -8,8 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
+from fieldmark.config import TrainConfig
 from fieldmark.errors import OutOfMemory
-from fieldmark.training.capacity import Run, advice
+from fieldmark.runtime.log import say
+from fieldmark.runtime.memory import available_bytes
+from fieldmark.training.capacity import Run, advice, measure_memory
 
 _SIZES = tuple(32 * 2**power for power in range(6))  # 32 to 1,024
 _MEASURED = 512  # on a CPU nothing gets faster beyond it
@@ -17,6 +20,43 @@ _UPDATES_PER_EPOCH = 20  # fewer would leave an epoch too coarse for a schedule 
 _NEAR_BEST = 0.95
 _MARGIN = 1.1  # between what fitted once and what a whole run needs: other shapes, fragments
 _MAX_MEASURING_S = 60.0
+_MEASURE_S = 1.0  # of one size, in up to three tries; one try where that takes longer
+
+
+def settle_batch_size(
+    train: TrainConfig,
+    rehearse: Run,
+    *,
+    num_updates: int,
+    num_images: int,
+    device: torch.device,
+    decide_once: Callable[[str, Callable[[], tuple[int, str]]], int],
+) -> TrainConfig:
+    """Return the section with a number for `auto`: found in a run's first process, then replayed.
+
+    Args:
+        rehearse: makes `num_updates` updates on a copy of the network.
+        num_images: of the train split.
+        decide_once: kind, what finds (value, why) -> the value decided the first time.
+    """
+    if train.batch_size != "auto":
+        return train
+    parts = train.accumulation_steps
+
+    def find() -> tuple[int, str]:
+        if device.type == "cuda":
+            most = largest_that_fits(rehearse, max(1, int(_SIZES[-1] * _MARGIN) // parts + 1))
+            speed = None
+        else:
+            most = measure_memory(rehearse).most_images(available_bytes().num_bytes)
+            speed = speed_of(rehearse, num_updates)
+        return decide_batch_size(
+            num_images=num_images, accumulation_steps=parts, most_images=most, images_per_s=speed
+        )
+
+    size = decide_once("batch_size", find)  # the reasons are in decisions.jsonl
+    say(f"train.batch_size=auto: {size} images per update; optim.lr is used as it is given")
+    return train.model_copy(update={"batch_size": size})
 
 
 def decide_batch_size(
@@ -47,14 +87,13 @@ def decide_batch_size(
     fitting = int(most_images / _MARGIN) * accumulation_steps
     sizes = _candidates(min(cap, fitting, _SIZES[-1]), accumulation_steps)
     limits = f"at most a {_UPDATES_PER_EPOCH}th of {num_images} images, {most_images} at a time fit"
-    kept = "optim.lr is used as it is given"
     if images_per_s is None or len(sizes) == 1:
-        return sizes[-1], f"the largest possible: {limits}; {kept}"
+        return sizes[-1], f"the largest possible: {limits}"
     speeds = _measure(sizes, accumulation_steps, images_per_s)
     best = max(speeds.values())
     chosen = next(size for size, speed in speeds.items() if speed >= _NEAR_BEST * best)
     table = ", ".join(f"{size}: {speed:.3g}" for size, speed in speeds.items())
-    return chosen, f"the smallest within 5 % of the best images/s ({table}); {limits}; {kept}"
+    return chosen, f"the smallest within 5 % of the best images/s ({table}); {limits}"
 
 
 def speed_of(rehearse: Run, num_updates: int) -> Callable[[int], float]:
@@ -70,9 +109,13 @@ def speed_of(rehearse: Run, num_updates: int) -> Callable[[int], float]:
         if not warm:
             rehearse(num_images)
             warm = True
-        started = time.perf_counter()
-        rehearse(num_images)
-        return num_images * num_updates / (time.perf_counter() - started)
+        best, spent = float("inf"), 0.0
+        while spent < _MEASURE_S:  # the best of several: something else may run beside the first
+            started = time.perf_counter()
+            rehearse(num_images)
+            seconds = time.perf_counter() - started
+            best, spent = min(best, seconds), spent + max(seconds, _MEASURE_S / 3)
+        return num_images * num_updates / best
 
     return images_per_s
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fieldmark.config import TrainConfig
 from fieldmark.errors import OutOfMemory
 from fieldmark.model import Freeze, set_train_mode
 from fieldmark.runtime.files import size_text
-from fieldmark.runtime.memory import Room, peak_resident_bytes
+from fieldmark.runtime.memory import Room, available_bytes, peak_resident_bytes
 
 _REHEARSED = (2, 4)  # images; one alone has no variance for a batch norm over 1x1 pixels
 # What a process grows by, over the tensors it holds: scratch memory of convolutions, gaps in the
-# heap; and once, the code of kernels. For ResNet-18 at 32 px, airnet and EfficientNet-Lite0 at
-# 224 px, each at two batch sizes, tensors x 1.2 + 100 MB was 1 % below to 10 % above the measured
-# growth, and tensors alone 12 to 31 % below it.
+# heap; and once, the code of kernels. With these two the estimate was 3 % below to 20 % above the
+# growth of a process (docs/decisions/0007-memory-of-an-update.md).
 _OVER_TENSORS = 1.2
 _ONCE_BYTES = 100_000_000
 
@@ -177,6 +177,41 @@ def validation_rehearsal(network: nn.Module, image_shape: Sequence[int]) -> Run:
     return run
 
 
+def check_memory(
+    train: TrainConfig,
+    update: Run,
+    validation: Run | None = None,
+    *,
+    eval_batch_size: int,
+    device: torch.device,
+    beside_bytes: int = 0,
+) -> int | None:
+    """Return by how much a run on the CPU will grow, in bytes; refuse one that does not fit.
+
+    On a GPU nothing is estimated (None): torch says there when memory is short.
+
+    Args:
+        update, validation: rehearsals of them.
+        beside_bytes: what else the run will hold, such as the batches that workers prepare.
+
+    Raises:
+        OutOfMemory: names what is needed, what there is, and what would fit.
+    """
+    if device.type == "cuda":
+        return None
+    room = available_bytes()
+    room = Room(max(0, room.num_bytes - beside_bytes), room.source)
+    needed = check_update_fits(
+        measure_memory(update),
+        room,
+        batch_size=train.examples_per_update,
+        accumulation_steps=train.accumulation_steps,
+    )
+    if validation is None:
+        return needed
+    return max(needed, check_validation_fits(measure_memory(validation), room, eval_batch_size))
+
+
 def check_update_fits(
     memory: Memory, room: Room, *, batch_size: int, accumulation_steps: int
 ) -> int:
@@ -197,15 +232,15 @@ def check_update_fits(
     )
 
 
-def check_validation_fits(memory: Memory, room: Room, batch_size: int) -> None:
-    """Refuse a validation batch that does not fit into what the CPU's process may still take.
+def check_validation_fits(memory: Memory, room: Room, batch_size: int) -> int:
+    """As `check_update_fits`, for a batch of validation.
 
     Raises:
         OutOfMemory: names what it takes, what there is, and the largest eval.batch_size that fits.
     """
     needed = memory.process_bytes(batch_size)
     if needed <= room.num_bytes:
-        return
+        return needed
     most = memory.most_images(room.num_bytes)
     action = f"Set eval.batch_size={most}." if most else "Choose a smaller network or image size."
     raise OutOfMemory(

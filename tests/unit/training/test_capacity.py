@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fieldmark.config import LossConfig, OptimConfig
+from fieldmark.config import LossConfig, OptimConfig, TrainConfig
+from fieldmark.cookbook import find_recipe
 from fieldmark.errors import OutOfMemory
 from fieldmark.model import Architecture, build
 from fieldmark.runtime.memory import Room
@@ -15,11 +17,13 @@ from fieldmark.training.batch_size import (
     decide_batch_size,
     largest_that_fits,
     out_of_memory_explained,
+    settle_batch_size,
     speed_of,
 )
 from fieldmark.training.capacity import (
     Memory,
     Run,
+    check_memory,
     check_update_fits,
     check_validation_fits,
     measure_memory,
@@ -29,6 +33,7 @@ from fieldmark.training.capacity import (
 )
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
+from fieldmark.training.run_folder import RunFolder
 
 MB = 10**6
 
@@ -217,7 +222,7 @@ def decide(**changes: object) -> tuple[int, str]:
 def test_auto_takes_what_data_and_memory_allow(changes: dict[str, object], expected: int) -> None:
     size, why = decide(**changes)
     assert size == expected
-    assert "optim.lr is used as it is given" in why
+    assert "a 20th of" in why
 
 
 def test_auto_takes_the_smallest_of_nearly_the_best_speed() -> None:
@@ -241,12 +246,46 @@ def test_auto_refuses_when_nothing_fits() -> None:
         decide(most_images=0)
 
 
+def test_auto_is_settled_once_on_this_machine_and_replayed(tmp_path: Path) -> None:
+    train = TrainConfig(epochs=1, batch_size="auto")
+    with pytest.raises(ValueError, match="must have been decided"):
+        _ = train.examples_per_update
+    update = rehearse(small_network())
+    settings = {"num_updates": 2, "num_images": 1_400, "device": torch.device("cpu")}
+    with RunFolder.create(tmp_path / "run", find_recipe("digits")) as run:
+        settled = settle_batch_size(train, update, **settings, decide_once=run.decide_once)  # type: ignore[arg-type]
+    assert settled.examples_per_update in (32, 64)  # 70 is a 20th
+    assert settled.model_copy(update={"batch_size": "auto"}) == train
+
+    def never(num_images: int, /) -> None:
+        raise AssertionError(num_images)
+
+    with RunFolder.open(tmp_path / "run") as run:
+        again = settle_batch_size(train, never, **settings, decide_once=run.decide_once)  # type: ignore[arg-type]
+    assert again == settled
+
+
+def test_a_run_larger_than_this_machine_is_refused() -> None:
+    train = TrainConfig(epochs=1, batch_size=2**22)
+    network = small_network()
+    update, val = rehearse(network), validation_rehearsal(network, (3, 32, 32))
+    cpu = torch.device("cpu")
+    with pytest.raises(OutOfMemory, match=r"left by .*Set train.accumulation_steps=\d+"):
+        check_memory(train, update, val, eval_batch_size=8, device=cpu)
+    train = TrainConfig(epochs=1, batch_size=8)
+    with pytest.raises(OutOfMemory, match=r"Set eval.batch_size=\d+"):
+        check_memory(train, update, val, eval_batch_size=2**22, device=cpu)
+    assert check_memory(train, update, val, eval_batch_size=8, device=cpu) > 100 * MB
+    with pytest.raises(OutOfMemory, match="Not one image fits"):
+        check_memory(train, update, val, eval_batch_size=8, device=cpu, beside_bytes=2**50)
+
+
 def test_speed_is_measured_of_warm_updates() -> None:
     calls: list[int] = []
     measure = speed_of(calls.append, num_updates=2)
     assert measure(8) > 0
     assert measure(16) > 0
-    assert calls == [8, 8, 16]
+    assert calls == [8] + [8] * 3 + [16] * 3  # the first warms up
 
 
 def test_a_control_flow_that_depends_on_the_images_falls_back_on_the_peaks() -> None:
