@@ -171,7 +171,7 @@ def _standard(facts: Facts) -> Values:
     if facts.is_small:
         return {**_shift(facts, 1 / 8), **_flip(facts), "cutout_px": _px(facts, 3 / 8)}
     colors = {} if facts.is_grey else {"color_jitter": 0.2}
-    return {**_resized_crop(facts), **_flip(facts), **colors, "erase_prob": 0.1}
+    return {**_resized_crop(facts), **_flip(facts), **colors, **_erasing(facts, 0.1)}
 
 
 def _strong(facts: Facts) -> Values:
@@ -195,7 +195,7 @@ def _strong(facts: Facts) -> Values:
         return {**shift, **_flip(facts), **geometry, **hidden}
     ops = {"ops": "randaugment", "ops_magnitude": 9.0, "ops_magnitude_std": 0.5, "num_ops": 2}
     colors = {} if facts.is_grey else ops
-    erasing = {"erase_prob": 0.25}
+    erasing = _erasing(facts, 0.25)
     return {**_resized_crop(facts), **_flip(facts), **geometry, **colors, **erasing, **mixing}
 
 
@@ -240,6 +240,11 @@ def _resized_crop(facts: Facts) -> Values:
     # 8 % of a photo often lacks the object: ImageNet is large enough to average that out.
     frac = 0.08 if facts.num_images >= MANY_IMAGES else 0.35
     return {"resized_crop": True, "resized_crop_min_area_frac": frac}
+
+
+def _erasing(facts: Facts, prob: float) -> Values:
+    # Noise is drawn for each channel: it would be the only colour in a grey image.
+    return {"erase_prob": prob, "erase_mode": "constant" if facts.is_grey else "pixel"}
 
 
 def _px(facts: Facts, frac: float) -> int:
