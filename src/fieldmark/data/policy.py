@@ -7,8 +7,7 @@ Three facts decide. Greyscale images (signs, scans, X-rays) get no colours and n
 letter is another letter, a mirrored chest has its heart on the wrong side. Small images, up to 64
 px, are padded and cropped, because parts of them enlarged show little, and stay in memory. Photos
 get resized crops. The fewer images there are, the more regularisation pays (Steiner et al. 2021,
-arXiv:2106.10270); but with very few of a class, mixing would show hardly any of them
-unmixed.
+arXiv:2106.10270); but with very few of a class, mixing would show hardly any of them whole.
 """
 
 from collections.abc import Callable
@@ -104,7 +103,8 @@ def resolve_augment(config: AugmentConfig, facts: Facts | None) -> tuple[Augment
     """Return the configuration with policy "custom" and every key filled, and one line on it.
 
     A key that differs from its default wins over the policy. One that is set to its default is
-    not told from one that is not set.
+    not told from one that is not set. (Choosing a policy clears a recipe's own keys: see
+    AugmentConfig.clears.)
 
     Args:
         facts: of the images; None where `needs_facts` says that they do not matter.

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from fieldmark.config import AugmentConfig
+from fieldmark.config import AugmentConfig, override
+from fieldmark.cookbook import find_recipe
 from fieldmark.data.augment import check_augment
 from fieldmark.data.images import ArrayImages
 from fieldmark.data.labelled import Split
@@ -145,6 +146,16 @@ def test_a_key_that_is_set_wins():
     cropped = resolved("standard", CIFAR, resized_crop=True)
     assert (cropped.resized_crop, cropped.crop_pad_px) == (True, 0)
     assert resolved("standard", CIFAR, sizes=((0.0, 24),)).sizes == ((0.0, 24),)
+
+
+def test_a_chosen_policy_replaces_a_recipes_own_keys():
+    recipe = find_recipe("cifar10-resnet18")
+    assert recipe.augment.crop_pad_px == 4
+    assert override(recipe, ["augment.policy=none"]).augment == AugmentConfig(policy="none")
+    settings = ["augment.policy=auto", "augment.cutout_px=5"]
+    assert override(recipe, settings).augment == AugmentConfig(policy="auto", cutout_px=5)
+    kept = override(recipe, ["augment.cutout_px=5"]).augment
+    assert (kept.crop_pad_px, kept.cutout_px) == (4, 5)
 
 
 def test_a_custom_configuration_stays_what_it_is():
