@@ -98,6 +98,11 @@ def test_the_verbs_are_those_of_the_python_package(run: Cli) -> None:
         (["verify", "."], "It has no manifest.json."),
         (["predict", "nowhere", "x.png"], "nowhere must be a package"),
         (["serve", "nowhere", "--port", "0"], "nowhere must be a package"),
+        (["augment", "digts"], "does not exist. Did you mean 'digits'?"),
+        (["augment", "digits", "augment.polic=auto"], "Did you mean 'augment.policy'?"),
+        (["augment", "digits", "--recipe", "digit"], "recipe 'digit' does not exist."),
+        (["augment", "digits", "--out", "no/x.png"], "must be in a folder that exists"),
+        (["augment", "digits", "augment.sizes=[[0,999]]"], "augment.sizes must be from 8 px"),
         (["info", "nowhere"], "data.source 'nowhere' does not exist"),
     ],
 )
@@ -364,3 +369,25 @@ def test_a_state_dict_becomes_a_package(run: Cli, tmp_path: Path, tiny_images: P
     assert facts["class_names"] == ["red", "green", "blue", "striped"]
     assert facts["golden"]["kind"] == "data"  # type: ignore[index]
     assert "test" in facts["metrics"]  # type: ignore[operator]
+
+
+def test_augment_draws_what_training_will_see(run: Cli, in_empty_folder: Path) -> None:
+    from PIL import Image
+
+    grid = in_empty_folder / "grid.png"
+    facts = run("augment", "digits", "--out", grid, "--rows", "3", "--json").json
+    assert run.status == 0, run.err
+    assert "policy auto: strong" in run.err
+    assert facts["augment"]["policy"] == "custom"  # type: ignore[index]
+    assert (facts["storage"], facts["rows"], facts["image_px"]) == ("resident", 3, [32, 32])
+    first = grid.read_bytes()
+    size = Image.open(grid).size
+    assert size[0] > size[1] > 400
+    run("augment", "digits", "--out", grid, "--rows", "3")
+    assert "rotation up to 15" in " ".join(run.out.split())
+    assert grid.read_bytes() == first  # the same draws
+    settings = ["augment.policy=none", "augment.ops=trivialaugment"]
+    recipe = run("augment", "digits", *settings, "--recipe", "digits", "--out", grid, "--json").json
+    assert recipe["storage"] == "files"
+    assert recipe["applied"] == "trivialaugment"  # not the recipe's own shift
+    assert grid.read_bytes() != first

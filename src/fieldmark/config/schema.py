@@ -81,6 +81,13 @@ class AugmentConfig(Section):
     # a size below the evaluation's makes objects seem as large as there. Empty: always that size.
     sizes: tuple[tuple[float, int], ...] = ()
 
+    @classmethod
+    def clears(cls, key: str) -> dict[str, Any]:
+        """A policy that is chosen over a recipe replaces the recipe's own keys."""
+        if key != "policy":
+            return super().clears(key)
+        return {name: field.default for name, field in cls.model_fields.items() if name != key}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         starts = [start for start, _ in self.sizes]

@@ -150,7 +150,7 @@ def _rand_value(name: str, frac: float, sign: float, width_px: int, height_px: i
         "shear-y": sign * 0.3 * frac,
         "translate-x": sign * 0.45 * frac * width_px,
         "translate-y": sign * 0.45 * frac * height_px,
-        "posterize": 4 - int(4 * frac),
+        "posterize": max(1, 4 - int(4 * frac)),  # Pillow refuses to keep no bit at all
         "solarize": 256 - int(256 * frac),
         "solarize-add": int(110 * frac),
     }.get(name, 0.0)

@@ -7,8 +7,7 @@ Three facts decide. Greyscale images (signs, scans, X-rays) get no colours and n
 letter is another letter, a mirrored chest has its heart on the wrong side. Small images, up to 64
 px, are padded and cropped, because parts of them enlarged show little, and stay in memory. Photos
 get resized crops. The fewer images there are, the more regularisation pays (Steiner et al. 2021,
-arXiv:2106.10270); but with very few of a class, mixing would show hardly any of them
-unmixed.
+arXiv:2106.10270); but with very few of a class, mixing would show hardly any of them whole.
 """
 
 from collections.abc import Callable
@@ -104,7 +103,8 @@ def resolve_augment(config: AugmentConfig, facts: Facts | None) -> tuple[Augment
     """Return the configuration with policy "custom" and every key filled, and one line on it.
 
     A key that differs from its default wins over the policy. One that is set to its default is
-    not told from one that is not set.
+    not told from one that is not set. (Choosing a policy clears a recipe's own keys: see
+    AugmentConfig.clears.)
 
     Args:
         facts: of the images; None where `needs_facts` says that they do not matter.
@@ -171,7 +171,7 @@ def _standard(facts: Facts) -> Values:
     if facts.is_small:
         return {**_shift(facts, 1 / 8), **_flip(facts), "cutout_px": _px(facts, 3 / 8)}
     colors = {} if facts.is_grey else {"color_jitter": 0.2}
-    return {**_resized_crop(facts), **_flip(facts), **colors, "erase_prob": 0.1}
+    return {**_resized_crop(facts), **_flip(facts), **colors, **_erasing(facts, 0.1)}
 
 
 def _strong(facts: Facts) -> Values:
@@ -195,7 +195,7 @@ def _strong(facts: Facts) -> Values:
         return {**shift, **_flip(facts), **geometry, **hidden}
     ops = {"ops": "randaugment", "ops_magnitude": 9.0, "ops_magnitude_std": 0.5, "num_ops": 2}
     colors = {} if facts.is_grey else ops
-    erasing = {"erase_prob": 0.25}
+    erasing = _erasing(facts, 0.25)
     return {**_resized_crop(facts), **_flip(facts), **geometry, **colors, **erasing, **mixing}
 
 
@@ -240,6 +240,11 @@ def _resized_crop(facts: Facts) -> Values:
     # 8 % of a photo often lacks the object: ImageNet is large enough to average that out.
     frac = 0.08 if facts.num_images >= MANY_IMAGES else 0.35
     return {"resized_crop": True, "resized_crop_min_area_frac": frac}
+
+
+def _erasing(facts: Facts, prob: float) -> Values:
+    # Noise is drawn for each channel: it would be the only colour in a grey image.
+    return {"erase_prob": prob, "erase_mode": "constant" if facts.is_grey else "pixel"}
 
 
 def _px(facts: Facts, frac: float) -> int:

@@ -176,4 +176,4 @@ def _caption(target: Tensor, class_names: Sequence[str]) -> str:
     named = [(share, name) for share, name in shares[:2] if share >= _MIXED]
     if len(named) == 1:
         return named[0][1]
-    return "\n".join(f"{name} {share:.0%}" for share, name in named)
+    return "\n".join(f"{name}: {share:.0%}" for share, name in named)
