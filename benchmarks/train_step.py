@@ -132,7 +132,7 @@ def ours(images: np.ndarray, labels: np.ndarray) -> Iterator[object]:
     rule = UpdateRule(
         network=network,
         forward=network,
-        loss_fn=make_loss(config.loss),
+        loss_fn=make_loss(config.loss, class_counts=np.bincount(labels, minlength=10).tolist()),
         optimizer=make_optimizer(network, config.optim),
         scaler=device.make_scaler(config.train, cpu),
         lr_factor=lambda _: 1.0,

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "augment",
     "evaluate",
     "export",
     "info",
@@ -30,6 +31,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fieldmark.pipeline import (
+        augment,
         evaluate,
         export,
         info,

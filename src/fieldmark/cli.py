@@ -279,6 +279,30 @@ def info(
 
 
 @app.command()
+def augment(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help=f"One of: {SOURCES}.", show_default=False)
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Such as augment.policy=strong."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="PNG", help="The grid.")] = Path("augment.png"),
+    recipe: Annotated[str, typer.Option(help="Whose settings; default: policy auto.")] = "",
+    rows: Annotated[int, typer.Option(min=1, max=40, help="Images shown.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Draw images as training will see them.
+
+    One row for each image: as evaluated, then augmented.
+
+    Example: fieldmark augment digits augment.policy=strong --out grid.png
+    """
+    result = pipeline.augment(source, out, settings or [], recipe=recipe, rows=rows)
+    _finish(result, as_json, show.show_augment)
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path | None, typer.Option(help="The run's folder [runs/quickstart].")] = None,
     as_json: Json = False,

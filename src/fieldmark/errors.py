@@ -7,7 +7,11 @@ FieldmarkError            base; `code` for machines, `http_status` and `exit_sta
 ├── DataError             a data source that cannot be read as labelled images
 ├── ModelError            weights, architecture and input that do not fit each other
 ├── RunError              a run folder that exists, is locked, or was changed under the run
-│   └── CheckpointError   a checkpoint that is truncated, altered, or of another run
+│   ├── CheckpointError   a checkpoint that is truncated, altered, or of another run
+│   ├── DiskFull          no room for a file of the run; it can be resumed once there is
+│   ├── Interrupted       Ctrl-C ended the run, which can be resumed (exit status 130)
+│   └── Preempted         another signal did, as of a cluster (exit status 75: resume me)
+├── OutOfMemory           an update that does not fit in memory; names the batch that does
 ├── NonFiniteLoss         training produced NaN or infinity; names the steps
 ├── PackageError          a folder that is not a package, or of a newer version
 │   └── IntegrityError    a file of a package does not match its checksum
@@ -74,6 +78,35 @@ class CheckpointError(RunError):
     """A checkpoint that is truncated, altered, or belongs to another run."""
 
     code = "bad_checkpoint"
+
+
+class DiskFull(RunError):
+    """There is no room for a file of the run.
+
+    Not exit status 75: a job that is started again by itself would find the disk as full.
+    """
+
+    code = "disk_full"
+
+
+class Interrupted(RunError):
+    """A person stopped the run, which can be resumed."""
+
+    code = "interrupted"
+    exit_status = 130  # 128 + SIGINT, as shells have it
+
+
+class Preempted(RunError):
+    """A signal of the system stopped the run, which can be resumed as soon as there is a place."""
+
+    code = "preempted"
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: not a mistake, try again
+
+
+class OutOfMemory(FieldmarkError):
+    """An update does not fit in the memory that the process, or the device, has left."""
+
+    code = "out_of_memory"
 
 
 class NonFiniteLoss(FieldmarkError):

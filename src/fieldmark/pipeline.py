@@ -59,19 +59,25 @@ def train(
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
     from fieldmark.training.prepare import BROKEN
-    from fieldmark.training.session import Interrupted, summary_sentence
+    from fieldmark.training.probe_run import train_probe
+    from fieldmark.training.session import summary_sentence
+    from fieldmark.training.signals import stop_requests
     from fieldmark.training.start import open_run, start_session
 
     if pie is not None and not Path(pie).absolute().parent.is_dir():
         raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
     run = open_run(recipe, settings, None if out is None else Path(out), resume)
-    with run:
+    with run, stop_requests(at_once=True):
         if (run.path / RESULT_FILE).is_file():
             say(f"run {run.path} has ended already: nothing to resume")
             facts = read_json(run.path / RESULT_FILE)
             _draw_classes(facts, pie)
             return Result(run.path, facts)
         config = run.config()
+        if config.train.method == "linear-probe":
+            facts = train_probe(run, config, finish_run, resume=resume)
+            _draw_classes(facts, pie)
+            return Result(run.path, facts)
         try:
             ready = start_session(run, config, make_validation)
         except (FieldmarkError, KeyboardInterrupt):
@@ -85,27 +91,21 @@ def train(
             {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
             "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
         )
-        try:
-            facts = finish_run(
-                run.path,
-                config,
-                splits=ready.splits,
-                preprocess=ready.images.preprocess,
-                network=trained.network,
-                architecture=ready.architecture,
-                pretrained=ready.pretrained,
-                training={
-                    "steps": trained.step,
-                    "selected_by": selected_by,
-                    "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
-                },
-                device=ready.session.device,
-            )
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped after training, before the package was written. "
-                f"Resume with: fieldmark train --resume --out {run.path}"
-            ) from None
+        facts = finish_run(
+            run.path,
+            config,
+            splits=ready.splits,
+            preprocess=ready.images.preprocess,
+            network=trained.network,
+            architecture=ready.architecture,
+            pretrained=ready.pretrained,
+            training={
+                "steps": trained.step,
+                "selected_by": selected_by,
+                "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
+            },
+            device=ready.session.device,
+        )
     _draw_classes(facts, pie)
     return Result(run.path, facts | {"images_per_s": trained.images_per_s})
 
@@ -323,17 +323,9 @@ def serve(
 
 def recipes() -> list[dict[str, str]]:
     """Return name, summary, result and evidence of every recipe."""
-    from fieldmark.cookbook import RECIPES
+    from fieldmark.cookbook import describe_recipes
 
-    return [
-        {
-            "name": name,
-            "summary": found.summary,
-            "result": found.line("Result"),
-            "evidence": found.evidence or "",
-        }
-        for name, found in sorted(RECIPES.items())
-    ]
+    return describe_recipes()
 
 
 def info(
@@ -352,6 +344,30 @@ def info(
 
     columns = {"image_column": image_column, "label_column": label_column}
     return Result(None, describe(str(target), None if pie is None else Path(pie), columns))
+
+
+def augment(
+    source: str,
+    out: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    recipe: str = "",
+    rows: int = 8,
+) -> Result:
+    """Draw what training would show the network of a source's images, as a PNG grid.
+
+    Args:
+        settings: "section.key=value" over the recipe, such as augment.policy=strong.
+        recipe: whose settings to take; default: augment.policy=auto alone.
+        rows: images shown, of as many classes.
+    """
+    require("torch", "train", "augmenting images")
+    from fieldmark.training.preview import draw_preview, preview_config
+    from fieldmark.training.start import _resolve_pretrained
+
+    config = preview_config(source, recipe, settings)
+    pretrained = _resolve_pretrained(config.model)
+    return Result(Path(out), draw_preview(Path(out), config, pretrained, num_rows=rows))
 
 
 def quickstart(out: str | Path | None = None) -> Result:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fieldmark.pipeline import Result
+from fieldmark.runtime.log import duration, table, warn
 from fieldmark.runtime.log import facts as facts_table
-from fieldmark.runtime.log import table, warn
 
 if TYPE_CHECKING:
     from fieldmark.serving.files import FileResult
@@ -56,13 +56,41 @@ def show_run(result: Result) -> None:
         typer.echo(f"left out: {len(facts['broken'])} broken images ({named})")
     for name, origin in facts["splits"].items():
         typer.echo(f"{name}: {origin}")
-    if facts["measured_on"]:
+    if "probe" in facts:
+        _print_probe(facts["probe"])
+    if facts["measured_on"] and "probe" in facts:
+        typer.echo(f"\nmeasured on {facts['measured_on']}")
+        _print_scores(facts)
+    elif facts["measured_on"]:
         chosen = facts["selected_by"]
         by = f"{chosen['split']} chose" if chosen["split"] else "the last: nothing chose"
         typer.echo(f"\nmeasured on {facts['measured_on']} (weights: {by} update {chosen['step']})")
         _print_scores(facts)
     typer.echo(f"package: {facts['package']}")
     typer.echo(f"next:    fieldmark export {result.path}")
+
+
+def _print_probe(report: dict[str, Any]) -> None:
+    """The penalties as cross-validation saw them, and what the features gave."""
+    rows = [
+        (
+            f"{score['penalty']:g}"
+            + ("  (chosen)" if score["penalty"] == report["penalty"] else ""),
+            f"{score['accuracy']:.2%}",
+            f"{score['accuracy_std']:.2%}",
+            f"{score['loss']:.4f}",
+        )
+        for score in report["penalties"]
+    ]
+    title = f"\nlinear probe, {report['folds']} folds of {report['folds_images']} train images"
+    table(["penalty", "accuracy", "std over folds", "loss"], rows, title=title)
+    listed = [
+        ("train top-1 accuracy", report["train_top1_accuracy"]),
+        ("val top-1 accuracy", report["val_top1_accuracy"]),
+        (f"{report['neighbours']}-NN, val", report["knn_val_top1_accuracy"]),
+    ]
+    times = f"features {duration(report['extract_s'])}, fit {duration(report['fit_s'])}"
+    facts_table([*((name, _rate(rate)) for name, rate in listed if rate), ("time", times)])
 
 
 def _print_class_counts(counts: list[dict[str, Any]], at_most: int = 40) -> None:
@@ -158,6 +186,19 @@ def show_predictions(results: "Iterable[FileResult]", as_json: bool) -> int:
             described = f"  ({ranked.description})" if ranked.description else ""
             typer.echo(f"  {ranked.probability:7.2%}  {ranked.class_name}{described}")
     return num_errors
+
+
+def show_augment(result: Result) -> None:
+    """Show what is applied, and where the picture is."""
+    facts = result.facts
+    height, width = facts["image_px"]
+    facts_table(
+        [
+            ("applied", facts["applied"]),
+            ("images", f"{width} x {height} px, read from {facts['storage']}"),
+            ("picture", f"{result.path} ({facts['rows']} images, {facts['views']} views of each)"),
+        ]
+    )
 
 
 def show_info(result: Result) -> None:

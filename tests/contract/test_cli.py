@@ -20,6 +20,7 @@ VERBS = [
     "serve",
     "recipes",
     "info",
+    "augment",
     "quickstart",
 ]
 

@@ -72,13 +72,21 @@ def test_the_command_line_reference_is_current(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_as_written(in_empty_folder: Path) -> None:
-    """Every command of the tutorial, in order; the service is asked by its own curl line."""
+def test_the_tutorial_runs_as_written(in_empty_folder: Path, tiny_images: Path) -> None:
+    """Every command of the tutorial, in order; the service is asked by its own curl line.
+
+    `photos` and `weights` stand for what a user has: drawn images, and weights of random numbers.
+    """
     import json
+    import shutil
     import subprocess
     import sys
     import urllib.request
 
+    from random_weights import save_weights
+
+    shutil.copytree(tiny_images / "train", in_empty_folder / "photos")
+    save_weights(in_empty_folder / "weights")
     bin_folder = Path(sys.executable).parent
     for words in commands(ROOT / "docs" / "tutorial.md"):
         program = [str(bin_folder / "fieldmark"), *words]

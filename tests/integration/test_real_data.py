@@ -114,6 +114,32 @@ def test_a_folder_of_one_s_own_photographs_to_a_service(tmp_path: Path) -> None:
         assert server.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_linear_probe_of_one_s_own_photographs_from_training_to_prediction(
+    tmp_path: Path,
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    samples = [shared_path("data", "imagenet-sample", part) for part in ("val", "calib")]
+    subprocess.run(
+        [sys.executable, SCRIPTS / "superclasses.py", *samples, "--out", photos], check=True
+    )
+    settings = [f"data.source=folder:{photos}", f"model.pretrained={weights()}"]
+    facts = fieldmark.train("linear-probe", settings, out=out).facts
+    assert [name for name, _ in facts["broken"]] == ["vehicle/broken.jpg"]
+    report = facts["probe"]
+    chosen = max(score["accuracy"] for score in report["penalties"])
+    assert 0.87 <= chosen <= 0.97
+    assert facts["top1_accuracy"]["value"] >= 0.85
+    assert fieldmark.export(str(out)).passed
+    verified = fieldmark.verify(str(out))
+    assert verified.passed
+    assert verified.facts["variants"]["onnx"]["deployable"]
+    pictures = [photos / "dog" / "rotated.jpg", photos / "bird" / "alpha.png"]
+    answers = [answer.to_json() for answer in fieldmark.predict(str(out), pictures)]
+    assert [a["predictions"][0]["class_name"] for a in answers] == ["dog", "bird"]
+
+
 @pytest.mark.shared
 def test_cifar_10_from_parquet_is_complete_and_its_normalisation_is_the_right_one() -> None:
     from fieldmark.training.prepare import measure_normalisation

@@ -19,7 +19,8 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
 
     Values are TOML (numbers, true, false, lists, quoted text); anything else is taken as text.
     Setting one unit of a duration (train.steps) clears the others (train.epochs), and another
-    model.arch or optim.name the arguments (model.args, optim.args) of the one before.
+    model.arch, optim.name or schedule.name what belongs to the one before (model.args, optim.args,
+    schedule.step_epochs).
 
     Raises:
         ConfigError: a setting that is not section.key=value, an unknown key, or a bad value.

@@ -1,8 +1,9 @@
 """The sections of a run's configuration. Plain values only: nothing here imports torch."""
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -12,7 +13,8 @@ Frac = Field(default=0.0, ge=0, le=1)
 class Section(BaseModel):
     """Base of every section: immutable, and a key that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no infinity: a configuration with one would not reload equal.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Groups of keys that say the same thing in different units: setting one clears the others.
     units: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -126,22 +128,84 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {
+        "name": {"focal_gamma": 2.0, "adjust_tau": 1.0, "bce_threshold": 0.0},
+        "class_weights": {"effective_beta": 0.999},
+    }
+
     name: Literal["cross-entropy", "focal", "bce", "logit-adjusted"] = "cross-entropy"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    # inverse: 1 / images of the class; effective: (1 - beta) / (1 - beta^n); or one for each class
+    # inverse: 1 / images of the class; effective: (1 - beta) / (1 - beta^n); both scaled to a mean
+    # of 1 over the train images. Or one for each class, taken as it is.
     class_weights: Literal["none", "inverse", "effective"] | tuple[float, ...] = "none"
     effective_beta: float = Field(default=0.999, gt=0, lt=1)
     focal_gamma: float = Field(default=2.0, ge=0)
     adjust_tau: float = Field(default=1.0, gt=0)  # of logit-adjusted: times the log of the prior
-    bce_threshold: float = Field(default=0.0, ge=0, lt=1)  # soft targets above it count as 1
-    reduction: Literal["mean", "sum"] = "mean"  # over the examples of an update, of its gradient
+    # of bce: soft targets above it become 1, others 0; 0 leaves them as they are
+    bce_threshold: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def balancing(self) -> list[str]:
+        """The settings of the loss that make up for the sizes of the classes."""
+        found = [f"class_weights={self.class_weights}"] if _is_rule(self.class_weights) else []
+        return found + ["name=logit-adjusted"] * (self.name == "logit-adjusted")
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _one_of(cls, value: Any) -> Any:
+        is_list = isinstance(value, list | tuple) and {*map(type, value)} <= {int, float}
+        if not is_list and value != "none" and not _is_rule(value):
+            raise ValueError(
+                "loss.class_weights must be none, inverse, effective, or a list with a number for "
+                f"each class. Got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        owners = {
+            "focal_gamma": ("name", "focal"),
+            "adjust_tau": ("name", "logit-adjusted"),
+            "bce_threshold": ("name", "bce"),
+            "effective_beta": ("class_weights", "effective"),
+        }
+        for key, (switch, owner) in owners.items():
+            value, chosen = getattr(self, key), getattr(self, switch)
+            if value != type(self).model_fields[key].default and chosen != owner:
+                raise ValueError(
+                    f"loss.{key} belongs to loss.{switch}={owner}. Got {value:g} with "
+                    f"loss.{switch}={chosen}"
+                )
+        if isinstance(self.class_weights, tuple) and (
+            min(self.class_weights, default=0) < 0 or not any(self.class_weights)
+        ):
+            raise ValueError(
+                "loss.class_weights must not be below 0, and at least one must be above it. "
+                f"Got {list(self.class_weights)}"
+            )
+        if len(self.balancing) > 1:
+            raise ValueError(
+                f"loss.{' and loss.'.join(self.balancing)} both make up for the sizes of the "
+                "classes, twice in all: keep one of them"
+            )
+        if self.bce_threshold and self.label_smoothing:
+            raise ValueError(
+                "loss.bce_threshold makes each target 0 or 1 and so undoes loss.label_smoothing: "
+                f"set one of them to 0. Got {self.bce_threshold:g} and {self.label_smoothing:g}"
+            )
+        return self
+
+
+def _is_rule(class_weights: Any) -> bool:
+    """Whether the weights follow from the sizes of the classes."""
+    return class_weights in ("inverse", "effective")
 
 
 class OptimConfig(Section):
     """How weights move. `name` is sgd, adamw, muon, or any optimizer of timm.optim."""
 
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
-        "name": {"args": {}, "nesterov": False, "filter_lr": 0}
+        "name": {"args": {}, "nesterov": False, "momentum": 0.9, "filter_lr": 0}
     }
 
     name: str = "sgd"
@@ -156,9 +220,6 @@ class OptimConfig(Section):
     bias_lr_factor: float = Field(default=1.0, gt=0)  # times lr, for norms and biases
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next
     max_grad_norm: float = Field(default=0.0, ge=0)  # 0: no clipping
-    lookahead_steps: int = Field(default=0, ge=0)  # 0: none
-    lookahead_decay: float = Field(default=0.95, gt=0, lt=1)  # of the slow weights, per update
-    stem_epochs: float = Field(default=0.0, ge=0)  # airnet's stem learns so long; 0: to the end
     args: dict[str, Any] = Field(default_factory=dict)  # further arguments of the optimizer
 
 
@@ -168,6 +229,7 @@ class ScheduleConfig(Section):
     units: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("warmup_epochs", "warmup_steps", "warmup_examples", "warmup_frac"),
     )
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {"name": {"step_epochs": 0, "end_factor": 0}}
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -191,6 +253,11 @@ class ScheduleConfig(Section):
                 "schedule.step_epochs belongs to schedule.name=step, which needs it. "
                 f"Got {self.step_epochs:g} with {self.name}"
             )
+        if self.end_factor and self.name in ("step", "constant"):
+            raise ValueError(
+                "schedule.end_factor belongs to schedule.name=cosine and linear. "
+                f"Got {self.end_factor:g} with {self.name}"
+            )
         return self
 
 
@@ -198,23 +265,25 @@ class TrainConfig(Section):
     """How long, how much at once, and with which arithmetic."""
 
     units: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("epochs", "steps", "examples", "max_minutes"),
+        ("epochs", "steps", "examples"),
         ("checkpoint_epochs", "checkpoint_steps"),
     )
+    # Who says how long does not want it lengthened.
+    arguments: ClassVar[dict[str, dict[str, Any]]] = {
+        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples")
+    }
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
     method: Literal["gradient", "linear-probe"] = "gradient"
     epochs: float = Field(default=0.0, ge=0)
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
-    max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it, once
-    batch_size: PositiveInt | Literal["auto"] = 32  # examples per update, over all devices
+    min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
+    batch_size: PositiveInt = 32  # examples per update
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update
-    keep_hardest_frac: float = Field(default=1.0, gt=0, le=1)  # of a batch, as a small network sees
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = True
     compile: bool = False
-    sync_batch_norm: bool = False  # statistics over all devices; CUDA only
     ema_decay: float = Field(default=0.0, ge=0, lt=1)  # 0: no moving average of the weights
     ema_warmup: bool = False  # the average begins short and lengthens to ema_decay
     ema_steps: int = Field(default=1, gt=0)  # the average moves every so many updates
@@ -226,17 +295,15 @@ class TrainConfig(Section):
     checkpoint_steps: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, gt=0)  # beside the best
     early_stop_epochs: int = Field(default=0, ge=0)  # 0: never
-    bad_updates: int = Field(default=3, gt=0)  # in a row that make the run roll back
-    max_rollbacks: int = Field(default=3, ge=0)  # after which it stops with a diagnosis
-    rollback_lr_factor: float = Field(default=0.5, gt=0, le=1)  # times the rate, each time
-    spike_factor: float = Field(default=3.0, ge=0)  # loss over its recent median; 0: not watched
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = self._set_units(self.units[0])
         if self.method == "gradient" and len(given) != 1:
+            raise ValueError("train: exactly one of epochs, steps, examples must be above 0")
+        if self.min_steps and not self.epochs:
             raise ValueError(
-                "train: exactly one of epochs, steps, examples, max_minutes must be above 0"
+                f"train.min_steps belongs to train.epochs. Got {self.min_steps} without epochs"
             )
         if len(self._set_units(self.units[1])) != 1:
             raise ValueError(
@@ -247,7 +314,7 @@ class TrainConfig(Section):
                 f"train.early_stop_epochs must be at least train.eval_epochs. "
                 f"Got {self.early_stop_epochs} and {self.eval_epochs}"
             )
-        if self.batch_size != "auto" and self.batch_size % self.accumulation_steps:
+        if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulation_steps. "
                 f"Got {self.batch_size} and {self.accumulation_steps}"
@@ -263,6 +330,16 @@ class ProbeConfig(Section):
     neighbours: int = Field(default=20, gt=0)  # of the k-NN reported beside it
     views: Literal["one", "mirrored"] = "one"  # mirrored: each train image and its mirror image
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = self.penalties
+        if not given or len(set(given)) < len(given) or not all(0 < p < math.inf for p in given):
+            raise ValueError(
+                "probe.penalties must list different numbers above 0. "
+                f"Got {list(given)}. Example: [0.01, 0.1, 1.0]"
+            )
+        return self
+
 
 class EvalConfig(Section):
     """How an image is prepared for evaluation and serving, where the weights do not say."""
@@ -271,7 +348,6 @@ class EvalConfig(Section):
     crop_frac: float = Field(default=0.0, ge=0, le=1)  # 0: the weights' own, else 1
     interpolation: Interpolation | Literal["auto"] = "auto"
     scaled_decoding: bool = False
-    views: Literal["one", "six"] = "one"  # six: also reported over mirror images and shifts
 
 
 class PackageConfig(Section):
@@ -280,6 +356,27 @@ class PackageConfig(Section):
     golden: Literal["data", "synthetic", "none"] = "data"  # data: images of the validation split
     num_golden: int = Field(default=12, gt=0, le=100)
     license: str = ""  # empty: that of the pretrained weights
+
+
+# Sections and keys that a linear probe has no use for.
+_NOT_OF_A_PROBE: dict[str, tuple[str, ...]] = {
+    "data": ("storage", "max_resident_mb", "num_workers", "sampler", "repeats"),
+    "augment": tuple(AugmentConfig.model_fields),
+    "model": ("freeze", "drop_rate", "drop_path_rate"),
+    "loss": tuple(LossConfig.model_fields),
+    "optim": tuple(OptimConfig.model_fields),
+    "schedule": tuple(ScheduleConfig.model_fields),
+    "train": tuple(
+        key
+        for key in TrainConfig.model_fields
+        if key not in ("method", "channels_last", "seed", "device", "threads")
+    ),
+}
+
+
+def _is_default(section: Section, key: str) -> bool:
+    field = type(section).model_fields[key]
+    return bool(getattr(section, key) == field.get_default(call_default_factory=True))
 
 
 class RunConfig(Section):
@@ -298,13 +395,42 @@ class RunConfig(Section):
     package: PackageConfig = PackageConfig()
 
     @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        """What the method of training does not read must be left alone."""
+        probed = self.train.method == "linear-probe"
+        if probed and not self.model.pretrained:
+            raise ValueError(
+                "train.method=linear-probe needs model.pretrained, whose features it reads. Got "
+                "none. Example: model.pretrained=local-dir:PATH"
+            )
+        unread = _NOT_OF_A_PROBE if probed else {"probe": tuple(ProbeConfig.model_fields)}
+        changed = [
+            f"{section}.{key}={getattr(getattr(self, section), key)!r}"
+            for section, keys in unread.items()
+            for key in keys
+            if not _is_default(getattr(self, section), key)
+        ]
+        if changed:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            advice = (
+                "Leave them out, and start from the recipe linear-probe"
+                if probed
+                else "Leave them out, or set train.method=linear-probe"
+            )
+            raise ValueError(
+                f"train.method={self.train.method} must leave settings that it does not read at "
+                f"their defaults. Got {', '.join(changed[:4])}{more}. {advice}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.train.early_stop_epochs and not self.data.val_frac:
             raise ValueError("train.early_stop_epochs needs a validation split. data.val_frac is 0")
-        if self.train.keep_hardest_frac < 1 and self.model.arch != "airnet":
+        if self.loss.balancing and self.data.sampler != "shuffle":
             raise ValueError(
-                "train.keep_hardest_frac below 1 needs model.arch=airnet, whose narrow form "
-                f"chooses. Got {self.model.arch or self.model.pretrained!r}"
+                f"loss.{self.loss.balancing[0]} and data.sampler={self.data.sampler} both make up "
+                "for the sizes of the classes, twice in all: keep one of them"
             )
         if self.augment.resized_crop and self.augment.crop_pad_px:
             raise ValueError(

@@ -1,6 +1,19 @@
 """Recipes: functions that return a complete configuration, one file per data set."""
 
-from fieldmark.cookbook import cifar10, digits, finetune  # noqa: F401  (they register themselves)
-from fieldmark.cookbook.registry import RECIPES, Recipe, find_recipe, load_recipe
+from fieldmark.cookbook import (  # noqa: F401  (they register themselves)
+    cifar10,
+    digits,
+    finetune,
+    imagenet,
+    imagenet_vit,
+    probe,
+)
+from fieldmark.cookbook.registry import (
+    RECIPES,
+    Recipe,
+    describe_recipes,
+    find_recipe,
+    load_recipe,
+)
 
-__all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe"]
+__all__ = ["RECIPES", "Recipe", "describe_recipes", "find_recipe", "load_recipe"]

@@ -1,15 +1,20 @@
 """What changes a batch before the network sees it: per image, vectorised, on the batch's device.
 
+In this order, as in timm: crop, flip, rotation and distortion, size, normalisation, a part cut out
+or erased, and mixing. Colours come between size and normalisation, and only where images are read
+from files (photo.py).
+
 Shapes: B images, H rows, W columns, C = 3 channels last (NHWC), K classes. uint8 comes in; float32
 goes out as NCHW. NHWC inside, because a crop then copies whole pixels and channels_last is free.
 
-No function here draws from a global generator. `Draws` holds all random numbers of one batch; they
-are drawn by numpy on the CPU, so that a GPU sees the same crops as a CPU, and are functions of the
-seed they were drawn from alone.
+No function here draws from a global generator. `Draws` holds all random numbers of one batch, save
+erasing's noise; they are drawn by numpy on the CPU, so that a GPU sees the same crops as a CPU, and
+are functions of the seed they were drawn from alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fieldmark.config import AugmentConfig
+from fieldmark.data.erase import Boxes, draw_erase_boxes, erase
 from fieldmark.data.labelled import Labels
+from fieldmark.data.mixing import Share, cut_mix, draw_mix, mix_up
+from fieldmark.data.mixing import draw_mixup as draw_mixup
+from fieldmark.data.order import mix64
+from fieldmark.data.sizes import Size, check_sizes, resize, scaled_px
+from fieldmark.data.warp import (
+    Angles,
+    Shifts,
+    check_elastic,
+    draw_angles,
+    draw_shifts,
+    warp,
+)
 from fieldmark.errors import ConfigError
 from fieldmark.runtime.seed import derive_seed
 
@@ -31,9 +49,23 @@ class Draws:
 
     crop_yx: Labels | None = None  # (B, 2): top left corner in the padded image
     is_flipped: Flags | None = None  # (B,)
+    angle_deg: Angles | None = None  # (B,)
+    shifts: Shifts | None = None  # (B, 2, G, G): of control points, in units of elastic_px
     cutout_yx: Labels | None = None  # (B, 2): top left corner in the image
-    mix_share: npt.NDArray[np.float32] | None = None  # (B,): the share an image keeps
-    mix_partner: Labels | None = None  # (B,): position in the batch
+    erase_boxes: Boxes | None = None  # (B, 4)
+    mix_share: Share | None = None  # (B,): the share an image keeps
+    mix_partner: Labels | None = None  # (B,): position in the micro-batch
+    mix_boxes: Boxes | None = None  # (B, 4): what cutmix takes from the partner
+    noise_seed: int = 0  # of what fills erased parts
+
+    def part(self, positions: slice, noise_seed: int) -> "Draws":
+        """Return the draws of a micro-batch."""
+        taken: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                taken[field.name] = value[positions]
+        return replace(self, noise_seed=noise_seed, **taken)
 
 
 def generator(*parts: int | str) -> np.random.Generator:
@@ -54,6 +86,8 @@ def check_augment(config: AugmentConfig, height_px: int, width_px: int) -> None:
             f"augment.crop_pad_px must be below the image's {side} px to reflect. Got "
             f"{config.crop_pad_px}. Lower it, or set augment.crop_pad_mode=zero."
         )
+    check_elastic(config.elastic_px, height_px, width_px)
+    check_sizes(config.sizes, height_px, width_px)
 
 
 def draw(
@@ -65,37 +99,48 @@ def draw(
     *,
     seed: int,
     epoch: int,
+    step: int = 0,
+    copies: Labels | int = 0,
+    size: Size | None = None,
+    num_parts: int = 1,
 ) -> Draws:
-    """Return the draws of a batch.
+    """Return the draws of an update.
 
     Args:
         indices: each image's position in the training split; alternating flips depend on it.
         seed: of the run: alternating flips are the same in each even epoch.
+        copies: which copy of its image each is; alternating flips alternate over them.
+        size: (height, width) that the images are brought to; default: as they are.
+        num_parts: micro-batches, within which images are mixed.
     """
-    count = len(indices)
-    crop = flip = cutout = share = partner = None
+    count, full = len(indices), (height_px, width_px)
+    size = size or full
+    crop = flip = angle = shifts = cutout = boxes = None
     if config.crop_pad_px:
         crop = rng.integers(0, 2 * config.crop_pad_px + 1, (count, 2))
     if config.flip == "random":
         flip = rng.random(count) < 0.5
     elif config.flip == "alternating":
-        flip = alternating_flips(seed, indices, epoch)
+        flip = alternating_flips(seed, indices, epoch + copies)
+    if config.rotation_deg:
+        angle = draw_angles(rng, count, config.rotation_deg)
+    if config.elastic_px:
+        shifts = draw_shifts(rng, count)
     if config.cutout_px:
-        room = [height_px - config.cutout_px + 1, width_px - config.cutout_px + 1]
-        cutout = rng.integers(0, room, (count, 2))
-    if config.mixup_alpha:
-        share, partner = draw_mixup(config.mixup_alpha, rng, count)
-    return Draws(crop, flip, cutout, share, partner)
+        cutout_px = scaled_px(config.cutout_px, size, full)
+        cutout = rng.integers(0, [size[0] - cutout_px + 1, size[1] - cutout_px + 1], (count, 2))
+    if config.erase_prob:
+        boxes = draw_erase_boxes(rng, count, config.erase_prob, *size)
+    mixed = draw_mix(config, rng, count, *size, seed=seed, step=step, num_parts=num_parts)
+    return Draws(crop, flip, angle, shifts, cutout, boxes, *mixed)
 
 
-def draw_mixup(
-    alpha: float, rng: np.random.Generator, count: int
-) -> tuple[npt.NDArray[np.float32], Labels]:
-    """Return each image's share, drawn from Beta(alpha, alpha), and its partner."""
-    return rng.beta(alpha, alpha, count).astype(np.float32), rng.permutation(count)
+def noise_seed(seed: int, epoch: int, step: int, part: int) -> int:
+    """Return the seed of the noise that fills the erased parts of a micro-batch."""
+    return derive_seed("erase", seed, epoch, step, part)
 
 
-def alternating_flips(seed: int, indices: Labels, epoch: int) -> Flags:
+def alternating_flips(seed: int, indices: Labels, epoch: Labels | int) -> Flags:
     """Return which images are mirrored: half of them in even epochs, the other half in odd ones.
 
     So each image is seen both ways in any two consecutive epochs. Which half an image is in is a
@@ -105,12 +150,9 @@ def alternating_flips(seed: int, indices: Labels, epoch: int) -> Flags:
     """
     # The products wrap at 64 bits, as they are meant to.
     mixed = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(derive_seed("flip", seed))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
+    mixed = mix64(mixed + np.uint64(derive_seed("flip", seed)))
     is_first_half = (mixed >> np.uint64(63)).astype(np.bool_)
-    return is_first_half ^ bool(epoch % 2)
+    return is_first_half ^ (np.asarray(epoch) % 2).astype(np.bool_)
 
 
 def apply(
@@ -122,11 +164,18 @@ def apply(
     mean: Sequence[float],
     std: Sequence[float],
     num_classes: int,
+    size: Size | None = None,
+    full: Size | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 images (B, 3, H, W), and labels (B,) or, when mixed, targets (B, K).
+    """Return float32 images (B, 3, H, W), and labels (B,) or, where images are mixed, (B, K).
 
     The images are channels_last in memory. `images_BHWC` is uint8 and is not changed.
+
+    Args:
+        size: (height, width) to bring the images to; default: as they are.
+        full: (height, width) that augment.cutout_px is of; default: that of `images_BHWC`.
     """
+    full = full or (images_BHWC.shape[1], images_BHWC.shape[2])
     if draws.crop_yx is not None or draws.is_flipped is not None:
         images_BHWC = crop_and_flip(
             images_BHWC,
@@ -135,12 +184,31 @@ def apply(
             pad_px=config.crop_pad_px if draws.crop_yx is not None else 0,
             mode=config.crop_pad_mode,
         )
+    if draws.angle_deg is not None or draws.shifts is not None:
+        images_BHWC = warp(
+            images_BHWC,
+            draws.angle_deg,
+            draws.shifts,
+            elastic_px=config.elastic_px,
+            mode=config.crop_pad_mode,
+        )
+    if size is not None and size != (images_BHWC.shape[1], images_BHWC.shape[2]):
+        images_BHWC = resize(images_BHWC, size)
     x_BHWC = normalise(images_BHWC, mean, std)
     if draws.cutout_yx is not None:
-        cut_out(x_BHWC, draws.cutout_yx, config.cutout_px)
+        here = (x_BHWC.shape[1], x_BHWC.shape[2])
+        cut_out(x_BHWC, draws.cutout_yx, scaled_px(config.cutout_px, here, full))
+    if draws.erase_boxes is not None:
+        is_noise = config.erase_mode == "pixel"
+        rng = np.random.Generator(np.random.PCG64(draws.noise_seed)) if is_noise else None
+        erase(x_BHWC, draws.erase_boxes, rng)
     targets = labels_B
     if draws.mix_share is not None and draws.mix_partner is not None:
-        x_BHWC, targets = mix_up(x_BHWC, labels_B, draws.mix_share, draws.mix_partner, num_classes)
+        shares, partners, boxes = draws.mix_share, draws.mix_partner, draws.mix_boxes
+        if boxes is None:
+            x_BHWC, targets = mix_up(x_BHWC, labels_B, shares, partners, num_classes)
+        else:
+            x_BHWC, targets = cut_mix(x_BHWC, labels_B, shares, partners, boxes, num_classes)
     return x_BHWC.permute(0, 3, 1, 2), targets
 
 
@@ -188,7 +256,7 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (image / 255 - mean) / std per channel, float32, of uint8 images."""
+    """Return (image / 255 - mean) / std per channel, float32; images that are float are changed."""
     B, H, W, C = images_BHWC.shape
     mean_C = torch.tensor(mean, dtype=torch.float64)
     std_C = torch.tensor(std, dtype=torch.float64)
@@ -212,22 +280,3 @@ def cut_out(x_BHWC: Tensor, corner_yx_B2: Labels, size_px: int) -> None:
     inside_BH = (y_BH >= 0) & (y_BH < size_px)
     inside_BW = (x_BW >= 0) & (x_BW < size_px)
     x_BHWC.masked_fill_((inside_BH[:, :, None] & inside_BW[:, None, :])[..., None], 0.0)
-
-
-def mix_up(
-    x_BHWC: Tensor,
-    labels_B: Tensor,
-    share_B: npt.NDArray[np.float32],
-    partner_B: Labels,
-    num_classes: int,
-) -> tuple[Tensor, Tensor]:
-    """Return each image blended with its partner, and targets (B, K) blended alike.
-
-    Source: Zhang et al. 2017, arXiv:1710.09412; the share is drawn per image, not per batch.
-    """
-    share = torch.from_numpy(share_B).to(x_BHWC.device)
-    partner = torch.from_numpy(partner_B).to(x_BHWC.device)
-    one_hot_BK = F.one_hot(labels_B, num_classes).float()
-    mixed = torch.lerp(x_BHWC.index_select(0, partner), x_BHWC, share[:, None, None, None])
-    targets_BK = torch.lerp(one_hot_BK.index_select(0, partner), one_hot_BK, share[:, None])
-    return mixed, targets_BK

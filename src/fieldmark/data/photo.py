@@ -1,15 +1,21 @@
-"""What changes one photo before it joins a batch: a resized crop, a flip, colours.
+"""What changes one photo before it joins a batch: a resized crop, a flip, a distortion, colours.
 
-Equal to torchvision's transforms of the same names, given the same random numbers.
+In this order, as in timm: crop, flip, rotation and distortion, size, chosen operations, colours.
+Erasing and mixing follow on the whole batch (augment.py). Equal to torchvision's transforms of the
+same names, given the same random numbers.
 """
 
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance
 
 from fieldmark.config import AugmentConfig
 from fieldmark.data.images import Images, prepare, upright
+from fieldmark.data.ops import apply_op, draw_ops
+from fieldmark.data.sizes import Size
+from fieldmark.data.warp import draw_angles, draw_shifts, warp
 from fieldmark.preprocess import Pixels, Preprocess
 
 _RATIOS = (3 / 4, 4 / 3)  # width over height of a resized crop
@@ -27,6 +33,7 @@ def train_pixels(
     rng: np.random.Generator,
     *,
     is_flipped: bool | None,
+    size: Size | None = None,
 ) -> Pixels:
     """Return one image as training sees it, uint8 (H, W, 3).
 
@@ -35,12 +42,16 @@ def train_pixels(
 
     Args:
         is_flipped: whether to mirror the image; None draws it, if the configuration asks for it.
+        size: (height, width) of the result; default: that of `preprocess`.
 
     Raises:
         ImageError: the image cannot be read or decoded.
     """
+    full = preprocess.height_px, preprocess.width_px
+    size = size or full
     if config.resized_crop:
-        image = resized_crop(upright(images, index, preprocess), preprocess, config, rng)
+        at_size = preprocess.model_copy(update={"height_px": size[0], "width_px": size[1]})
+        image = resized_crop(upright(images, index, preprocess), at_size, config, rng)
     else:
         pixels = prepare(images, index, preprocess)
         if config.crop_pad_px:
@@ -50,9 +61,46 @@ def train_pixels(
         is_flipped = config.flip == "random" and bool(rng.random() < 0.5)
     if is_flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.rotation_deg or config.elastic_px:
+        image = distort(image, config, rng, min(image.size) / min(full))
+    if image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    if config.ops != "none":
+        image = change(image, preprocess, config, rng)
     if config.color_jitter:
         image = jitter_colors(image, config.color_jitter, rng)
     return np.array(image, dtype=np.uint8)
+
+
+def distort(
+    image: Image.Image, config: AugmentConfig, rng: np.random.Generator, scale: float
+) -> Image.Image:
+    """Return the image rotated and distorted.
+
+    Args:
+        scale: the image's size over the one that augment.elastic_px is of.
+    """
+    angle = draw_angles(rng, 1, config.rotation_deg) if config.rotation_deg else None
+    shifts = draw_shifts(rng, 1) if config.elastic_px else None
+    pixels_BHWC = torch.from_numpy(np.array(image, dtype=np.uint8))[None]
+    elastic_px, mode = config.elastic_px * scale, config.crop_pad_mode
+    warped = warp(pixels_BHWC, angle, shifts, elastic_px=elastic_px, mode=mode)
+    return Image.fromarray(warped[0].numpy())
+
+
+def change(
+    image: Image.Image, preprocess: Preprocess, config: AugmentConfig, rng: np.random.Generator
+) -> Image.Image:
+    """Return the image after the operations that augment.ops draws for it.
+
+    What comes into view from outside is filled with the data's mean, as in timm. Pixels are looked
+    up with the interpolation of `preprocess`, or bicubic in place of lanczos, which cannot.
+    """
+    red, green, blue = (min(255, round(255 * value)) for value in preprocess.mean)
+    name = "BICUBIC" if preprocess.interpolation == "lanczos" else preprocess.interpolation.upper()
+    for op in draw_ops(config, rng, *image.size):
+        image = apply_op(image, op, fill=(red, green, blue), resample=Image.Resampling[name])
+    return image
 
 
 def resized_crop(

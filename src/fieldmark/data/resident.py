@@ -1,17 +1,18 @@
 """Training batches from decoded images that all lie on the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fieldmark.config import AugmentConfig, DataConfig
-from fieldmark.data.augment import apply, check_augment, draw, generator
+from fieldmark.data.augment import apply, check_augment, draw, generator, noise_seed
 from fieldmark.data.images import prepare
 from fieldmark.data.labelled import Labels, Split
-from fieldmark.data.order import check_batch_size, update_indices
+from fieldmark.data.order import Order, SamplerName, Shares, Update
 from fieldmark.data.parallel import ordered_map
+from fieldmark.data.sizes import size_at
 from fieldmark.errors import ConfigError, DataError, ImageError
 from fieldmark.preprocess import Pixels, Preprocess
 from fieldmark.runtime.log import track
@@ -24,8 +25,11 @@ _BLOCK = 64  # images per task
 class ResidentBatches:
     """Endless batches whose content is a function of the update and the seed alone.
 
-    An update's images are drawn, changed and mixed as one batch and only then divided into
-    micro-batches, so that `accumulation_steps` changes no input.
+    An update's random numbers are drawn for all of its images, then divided into micro-batches,
+    so that neither `accumulation_steps` nor the number of ranks changes an image. Mixing is the
+    exception, as partners are of the same micro-batch: a rank has no others; and so is the noise
+    of erased parts, drawn for each micro-batch. Both depend on the number of micro-batches alone,
+    however ranks divide them.
     """
 
     def __init__(
@@ -38,66 +42,78 @@ class ResidentBatches:
         std: Sequence[float],
         batch_size: int,
         accumulation_steps: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
         seed: int,
         num_classes: int,
+        sampler: SamplerName = "shuffle",
+        repeats: int = 1,
+        image_px: Callable[[int], int] | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = True,
     ) -> None:
         """Move the images to the device.
 
         Args:
-            batch_size: images per update, a multiple of `accumulation_steps`.
+            batch_size: images per update, a multiple of `num_ranks * accumulation_steps`.
+            rank: of this process, which makes its part of each update and no more.
+            sampler, repeats: see Order.
+            image_px: update from 0 -> short side of its images in px; default: as they are.
 
         Raises:
             ConfigError: fewer images than one batch, or an augmentation that does not fit.
         """
-        check_batch_size(len(images_NHWC), batch_size)
+        self._order = Order(labels_N, batch_size, seed, sampler=sampler, repeats=repeats)
+        self._shares = Shares(batch_size, accumulation_steps, rank, num_ranks)
         refuse_file_augment(augment)
         _, self._height_px, self._width_px, _ = images_NHWC.shape
         check_augment(augment, self._height_px, self._width_px)
         self._images = torch.from_numpy(images_NHWC).to(device)
         self._labels = torch.from_numpy(labels_N).to(device)
         self._augment, self._mean, self._std = augment, mean, std
-        self._batch_size, self._accumulation_steps = batch_size, accumulation_steps
         self._seed, self._num_classes, self._channels_last = seed, num_classes, channels_last
-        self.steps_per_epoch = len(images_NHWC) // batch_size
+        self._image_px = image_px
+        self.steps_per_epoch = self._order.steps_per_epoch
 
     def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `accumulation_steps` micro-batches per update, from update `start_step` on.
 
-        Images are float32 (b, 3, H, W); targets are int64 (b,), or float32 (b, K) when mixed.
+        Images are float32 (b, 3, H, W); targets are int64 (b,), or float32 (b, K) where images are
+        mixed.
         """
-        updates = update_indices(len(self._labels), self._batch_size, self._seed, start_step)
-        for step, epoch, chosen in updates:
-            images, targets = self._update(chosen, epoch, step)
-            yield from zip(
-                images.chunk(self._accumulation_steps),
-                targets.chunk(self._accumulation_steps),
-                strict=True,
-            )
+        for update in self._order.updates(start_step):
+            yield from self._micro_batches(update)
 
-    def _update(self, chosen: Labels, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        rng = generator("batch", self._seed, epoch, step)
+    def _micro_batches(self, update: Update) -> Iterator[tuple[Tensor, Tensor]]:
+        px = None if self._image_px is None else self._image_px(update.step)
+        size = size_at(px, self._height_px, self._width_px)
         draws = draw(
             self._augment,
-            rng,
-            chosen,
+            generator("batch", self._seed, update.epoch, update.step),
+            update.indices,
             self._height_px,
             self._width_px,
             seed=self._seed,
-            epoch=epoch,
+            epoch=update.epoch,
+            step=update.step,
+            copies=update.copies,
+            size=size,
+            num_parts=self._shares.num_parts,
         )
-        index = torch.from_numpy(chosen).to(self._images.device)
-        images, targets = apply(
-            self._augment,
-            self._images.index_select(0, index),
-            self._labels.index_select(0, index),
-            draws,
-            mean=self._mean,
-            std=self._std,
-            num_classes=self._num_classes,
-        )
-        return (images if self._channels_last else images.contiguous()), targets
+        for part in self._shares.parts:
+            where = self._shares.positions(part)
+            index = torch.from_numpy(update.indices[where]).to(self._images.device)
+            images, targets = apply(
+                self._augment,
+                self._images.index_select(0, index),
+                self._labels.index_select(0, index),
+                draws.part(where, noise_seed(self._seed, update.epoch, update.step, part)),
+                mean=self._mean,
+                std=self._std,
+                num_classes=self._num_classes,
+                size=size,
+            )
+            yield (images if self._channels_last else images.contiguous()), targets
 
 
 def load_resident(
@@ -163,7 +179,7 @@ def fits_resident(
     if data.storage == "resident":
         refuse_file_augment(augment)
         return True
-    if data.storage == "files" or augment.resized_crop or augment.color_jitter:
+    if data.storage == "files" or any(file_augments(augment).values()):
         return False
     num_bytes = len(split) * preprocess.height_px * preprocess.width_px * 3
     if num_bytes > data.max_resident_mb * 2**20:
@@ -179,13 +195,22 @@ def fits_resident(
     return len(sizes) == 1 and max(sizes.pop()) <= MAX_RESIDENT_SIDE_PX
 
 
-def refuse_file_augment(augment: AugmentConfig) -> None:
-    """Raise ConfigError for augmentations that only files can have."""
-    needs_files = {
+def file_augments(augment: AugmentConfig) -> dict[str, object]:
+    """Return the keys that only images read from files can have -> their value, falsy when off.
+
+    A resized crop needs the original's pixels. Chosen operations and colours are Pillow's, one
+    image at a time: they belong into worker processes.
+    """
+    return {
         "augment.resized_crop": augment.resized_crop,
+        "augment.ops": augment.ops if augment.ops != "none" else "",
         "augment.color_jitter": augment.color_jitter,
     }
-    for key, value in needs_files.items():
+
+
+def refuse_file_augment(augment: AugmentConfig) -> None:
+    """Raise ConfigError for augmentations that only files can have."""
+    for key, value in file_augments(augment).items():
         if value:
             raise ConfigError(
                 f"{key} must be off with data.storage=resident. Got {value}. Set "

@@ -83,6 +83,8 @@ def finish_run(
         "broken": training["broken"],
         "selected_by": training["selected_by"],
     }
+    if "probe" in training:
+        facts["probe"] = training["probe"]
     predict = eager_predict(module, "cpu")
     write_package(
         folder / "package",

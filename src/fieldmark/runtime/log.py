@@ -3,6 +3,7 @@
 stdout is kept for results, so that `--json` output can be piped.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,18 +22,28 @@ from rich.progress import (
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Stderr(Console):
+    """A console whose reader may go away: what it would have read is lost, not the work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # instead of ending the process, as rich would
+
+
+console = _Stderr(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
     """Print one line for the person who is waiting."""
-    console.print(text, markup=False)
+    with contextlib.suppress(OSError):  # a terminal that was closed, a log on a full disk
+        console.print(text, markup=False)
 
 
 def warn(text: str) -> None:
     """Print one line that should not be overlooked."""
-    console.print(f"note: {text}", markup=False, style="yellow")
+    with contextlib.suppress(OSError):
+        console.print(f"note: {text}", markup=False, style="yellow")
 
 
 class Bar:

@@ -1,24 +1,28 @@
 """Checkpoints that are whole or not there, and say so themselves.
 
-A file is one line of JSON (step, best step, size and SHA-256 of what follows) and then what
-torch.save wrote. It is written under a temporary name, flushed, and renamed.
+A file is one line of JSON (step, best step, further facts, size and SHA-256 of what follows, and
+a SHA-256 of the line itself) and then what torch.save wrote. It is written under a temporary name,
+flushed, and renamed.
 """
 
 import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fieldmark.errors import CheckpointError
-from fieldmark.runtime.files import sha256_bytes, write_atomic
+from fieldmark.errors import CheckpointError, DiskFull
+from fieldmark.runtime.files import is_disk_full, sha256_bytes, write_atomic
+from fieldmark.runtime.files import remove_temporary as remove_temporary
 from fieldmark.runtime.log import warn
 
 MAGIC = "fieldmark-checkpoint-1"
-_HEADER_MAX_BYTES = 4096
+_HEADER_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,11 @@ class Header:
     best: Best | None
     sha256: str
     num_bytes: int
+    extra: dict[str, Any] = field(default_factory=dict)  # plain JSON values
+
+
+class _OtherVersion(CheckpointError):
+    """A checkpoint that is whole, but that this torch does not load."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -45,25 +54,47 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.ckpt"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], best: Best | None) -> Path:
-    """Write the state after update `step`; tensors and plain values only."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    best: Best | None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write the state after update `step`.
+
+    Args:
+        state: tensors and plain values only.
+        extra: facts for the header, which is read without the state; plain JSON values.
+
+    Raises:
+        DiskFull: there is no room; earlier checkpoints are untouched, and nothing of this one is
+            left.
+        CheckpointError: it cannot be written for another reason.
+        ValueError: `extra` does not fit into the header.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
+    payload = buffer.getbuffer()  # a view: with copies, saving might need more than an update
     header = {
         "magic": MAGIC,
         "step": step,
         "best": None if best is None else [best.step, best.top1_accuracy, best.loss],
+        "extra": extra or {},
         "sha256": sha256_bytes(payload),
         "num_bytes": len(payload),
     }
+    line = json.dumps(header | {"header_sha256": _digest(header)}).encode() + b"\n"
+    if len(line) > _HEADER_MAX_BYTES:
+        raise ValueError(f"extra must fit into {_HEADER_MAX_BYTES} bytes. Got {len(line)}.")
     path = checkpoint_path(folder, step)
     try:
-        write_atomic(path, json.dumps(header).encode() + b"\n" + payload)
+        write_atomic(path, line, payload)
     except OSError as error:
-        raise CheckpointError(
+        kind = DiskFull if is_disk_full(error) else CheckpointError
+        raise kind(
             f"checkpoint {path} cannot be written: {error.strerror or error}. "
-            "Older checkpoints are untouched; make room and resume."
+            "Earlier checkpoints are untouched."
         ) from error
     return path
 
@@ -84,27 +115,61 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Any]]:
     Raises:
         CheckpointError: the file is truncated, altered, or no checkpoint.
     """
-    first, _, payload = path.read_bytes().partition(b"\n")
-    header = _parse_header(path, first)
+    with path.open("rb") as file:
+        header = _parse_header(path, file.readline(_HEADER_MAX_BYTES))
+        payload = file.read()
     if len(payload) != header.num_bytes:
         raise CheckpointError(
             f"checkpoint {path} is truncated: {len(payload)} of {header.num_bytes} bytes."
         )
     if sha256_bytes(payload) != header.sha256:
         raise CheckpointError(f"checkpoint {path} was altered: its checksum does not match.")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(payload), map_location="cpu", weights_only=True
+        )
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise _OtherVersion(
+            f"checkpoint {path} is whole, but torch {torch.__version__} does not load it: {reason} "
+            "Resume with the versions in the run's environment.json."
+        ) from error
     return header, state
 
 
 def load_newest(folder: Path) -> tuple[Header, dict[str, Any]] | None:
-    """Return the newest checkpoint that is whole; each damaged one is named and put aside."""
+    """Return the newest checkpoint that is whole; each damaged one is named and put aside.
+
+    Raises:
+        CheckpointError: the newest is whole, but this torch does not load it. Earlier ones would
+            fare no better, and falling back on them would throw training away.
+    """
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
             return load_checkpoint(path)
+        except _OtherVersion:
+            raise
         except CheckpointError as error:
             warn(f"{error} It is put aside, and the one before it is used, or the beginning.")
             path.rename(path.with_suffix(".damaged"))  # so that it is not counted when pruning
     return None
+
+
+@contextmanager
+def must_fit(step: int) -> Iterator[None]:
+    """Turn what `load_state_dict` raises into a sentence, while a checkpoint's parts are loaded.
+
+    Raises:
+        CheckpointError: network, optimizer or average of the run are not those of the checkpoint.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint after update {step} must fit the run's network and optimizer. "
+            f"{reason[:300]}. Resume with the versions in the run's environment.json."
+        ) from error
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -121,14 +186,13 @@ def prune(folder: Path, keep: int) -> None:
     _delete(path for path in paths if path not in kept)
 
 
-def remove_temporary(folder: Path) -> None:
-    """Delete what a killed process left half written."""
-    _delete(folder.glob(".*.tmp"))
-
-
 def _delete(paths: Iterable[Path]) -> None:
     for path in list(paths):
         path.unlink(missing_ok=True)
+
+
+def _digest(header: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(header, sort_keys=True).encode())
 
 
 def _parse_header(path: Path, line: bytes) -> Header:
@@ -136,9 +200,18 @@ def _parse_header(path: Path, line: bytes) -> Header:
         values = json.loads(line)
         if values["magic"] != MAGIC:
             raise ValueError(values["magic"])
+        digest = values.pop("header_sha256", None)
+        if digest is not None and digest != _digest(values):
+            raise ValueError(digest)
         best = None if values["best"] is None else Best(*values["best"])
-        return Header(int(values["step"]), best, str(values["sha256"]), int(values["num_bytes"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return Header(
+            int(values["step"]),
+            best,
+            str(values["sha256"]),
+            int(values["num_bytes"]),
+            dict(values.get("extra", {})),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: its header cannot be read."
         ) from error

@@ -11,6 +11,7 @@ from torch import nn
 
 from fieldmark.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from fieldmark.data.loader import FileBatches
+from fieldmark.data.policy import facts_of, needs_facts, resolve_augment
 from fieldmark.data.resident import ResidentBatches, fits_resident, load_resident
 from fieldmark.data.source import Split
 from fieldmark.data.split import Splits, check_held_out
@@ -50,6 +51,7 @@ class TrainImages:
     split: Split
     pixels: npt.NDArray[np.uint8] | None  # (N, H, W, 3) when resident
     labels: npt.NDArray[np.int64] | None  # those of `pixels`: broken images are left out
+    augment: AugmentConfig  # what was decided: policy "custom", every key filled
 
 
 def load_train_images(
@@ -62,9 +64,9 @@ def load_train_images(
     pretrained: ResolvedModel | None,
     decide: Decide,
 ) -> TrainImages:
-    """Decide size, normalisation and storage, and decode the images where they fit in memory."""
-    native_px = _native_px(split)
-    spec = _spec_without_normalisation(model, evaluation, pretrained, native_px)
+    """Decide size, normalisation, augmentation and storage; decode the images where they fit."""
+    spec = preprocess_of(split, model, evaluation, pretrained)
+    augment = decide_augment(augment, split, spec, data, decide)
     resident = fits_resident(split, spec, augment, data)
     storage = decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
     pixels = labels = None
@@ -76,7 +78,54 @@ def load_train_images(
         measured = decide("normalisation", measure_normalisation(sample), "of the train images")
         mean, std = (tuple(values) for values in measured)
         spec = spec.model_copy(update={"mean": mean, "std": std})
-    return TrainImages(spec, split, pixels, labels)
+    return TrainImages(spec, split, pixels, labels, augment)
+
+
+def preprocess_of(
+    split: Split, model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel | None
+) -> Preprocess:
+    """Return the spec with the weights' normalisation, or with a placeholder to be measured."""
+    if pretrained is not None:
+        spec = pretrained.preprocess
+    else:
+        native_px = _native_px(split)
+        px = native_px if 0 < native_px <= _SMALL_PX else _DEFAULT_PX
+        spec = Preprocess(height_px=px, width_px=px, mean=(0, 0, 0), std=(1, 1, 1))
+    return _with_changes(spec, model, evaluation)
+
+
+def _with_changes(spec: Preprocess, model: ModelConfig, evaluation: EvalConfig) -> Preprocess:
+    """Return a specification with what the configuration changes of it."""
+    changes: dict[str, object] = {}
+    if evaluation.scaled_decoding:
+        changes["scaled_decoding"] = True
+    if model.image_px:
+        changes |= {"height_px": model.image_px, "width_px": model.image_px}
+    if evaluation.crop_frac:
+        changes["crop_frac"] = evaluation.crop_frac
+    if evaluation.interpolation != "auto":
+        changes["interpolation"] = evaluation.interpolation
+    return spec.model_copy(update=changes)
+
+
+def decide_augment(
+    augment: AugmentConfig, split: Split, preprocess: Preprocess, data: DataConfig, decide: Decide
+) -> AugmentConfig:
+    """Return what the policy means for these images, and say it; a resumed run keeps it."""
+    facts = None
+    if needs_facts(augment):
+        facts = facts_of(split, preprocess, must_be_resident=data.storage == "resident")
+    resolved, line = resolve_augment(augment, facts)
+    say(line)
+    decided = decide("augment", resolved.model_dump(mode="json"), line)
+    return AugmentConfig.model_validate(decided)
+
+
+def pretrained_preprocess(
+    model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel
+) -> Preprocess:
+    """Return the preprocessing of pretrained weights, with what the configuration changes."""
+    return _with_changes(pretrained.preprocess, model, evaluation)
 
 
 def check_splits(
@@ -150,8 +199,19 @@ def make_batches(
     train: TrainConfig,
     num_classes: int,
     device: torch.device,
+    image_px: Callable[[int], int] | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Batches:
-    """Return training batches from memory or from files."""
+    """Return training batches from memory or from files.
+
+    Args:
+        augment: a policy other than "custom" stands for what was decided for these images.
+        image_px: update from 0 -> short side of its images in px; default: always the same.
+        rank: of this process among `num_ranks`.
+    """
+    if augment.policy != "custom":
+        augment = images.augment
     if images.pixels is not None and images.labels is not None:
         return ResidentBatches(
             images.pixels,
@@ -161,8 +221,13 @@ def make_batches(
             std=images.preprocess.std,
             batch_size=train.batch_size,
             accumulation_steps=train.accumulation_steps,
+            rank=rank,
+            num_ranks=num_ranks,
             seed=train.seed,
             num_classes=num_classes,
+            sampler=data.sampler,
+            repeats=data.repeats,
+            image_px=image_px,
             device=device,
             channels_last=train.channels_last,
         )
@@ -177,8 +242,13 @@ def make_batches(
         augment=augment,
         batch_size=train.batch_size,
         accumulation_steps=train.accumulation_steps,
+        rank=rank,
+        num_ranks=num_ranks,
         seed=train.seed,
         num_classes=num_classes,
+        sampler=data.sampler,
+        repeats=data.repeats,
+        image_px=image_px,
         num_workers=data.num_workers,
         max_broken_frac=data.max_broken_frac,
         on_broken=skip,
@@ -241,27 +311,6 @@ def _native_px(split: Split) -> int:
         except ImageError:
             continue
     return largest
-
-
-def _spec_without_normalisation(
-    model: ModelConfig, evaluation: EvalConfig, pretrained: ResolvedModel | None, native_px: int
-) -> Preprocess:
-    """The spec with the weights' normalisation, or with a placeholder still to be measured."""
-    if pretrained is not None:
-        spec = pretrained.preprocess
-    else:
-        px = native_px if 0 < native_px <= _SMALL_PX else _DEFAULT_PX
-        spec = Preprocess(height_px=px, width_px=px, mean=(0, 0, 0), std=(1, 1, 1))
-    changes: dict[str, object] = {}
-    if evaluation.scaled_decoding:
-        changes["scaled_decoding"] = True
-    if model.image_px:
-        changes |= {"height_px": model.image_px, "width_px": model.image_px}
-    if evaluation.crop_frac:
-        changes["crop_frac"] = evaluation.crop_frac
-    if evaluation.interpolation != "auto":
-        changes["interpolation"] = evaluation.interpolation
-    return spec.model_copy(update=changes)
 
 
 def _sample_pixels(split: Split, spec: Preprocess) -> npt.NDArray[np.uint8]:

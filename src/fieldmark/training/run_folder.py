@@ -1,12 +1,13 @@
 """The folder of a run: configuration, environment, decisions, metrics, checkpoints, package."""
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -15,9 +16,19 @@ import torch
 
 from fieldmark.config import RunConfig
 from fieldmark.config.load import from_json
-from fieldmark.errors import RunError
+from fieldmark.errors import DiskFull, RunError
 from fieldmark.runtime.cpu import cpu_name, instruction_set
-from fieldmark.runtime.files import read_json, write_atomic, write_json
+from fieldmark.runtime.files import (
+    append_whole,
+    is_disk_full,
+    read_json,
+    remove_temporary,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
+from fieldmark.runtime.log import warn
+from fieldmark.training.signals import stop_error
 
 T = TypeVar("T")
 _LIBRARIES = ("fieldmark", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -29,10 +40,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _lock(path)
+        remove_temporary(path)
         decisions = _read_lines(path / "decisions.jsonl")
         self._decisions = {line["kind"]: line for line in decisions}
-        if decisions:  # a kill may have left half a line, to which the next would be glued
-            write_atomic(path / "decisions.jsonl", _to_text(decisions))
+        _repair(path / "decisions.jsonl", decisions)
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
@@ -40,16 +51,19 @@ class RunFolder:
 
         Raises:
             RunError: the folder exists; the message says how to resume.
+            DiskFull: there is no room for its first files.
         """
         if path.exists() and not _is_vacant(path):
             raise RunError(
                 f"--out {path} must not exist yet. Resume with: fieldmark train --resume "
                 f"--out {path}, or choose another folder."
             )
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
-        run.checkpoints.mkdir(exist_ok=True)
-        write_json(path / "config.json", config.model_dump(mode="json"))
+        with _room_for(path, "run the same command again"):
+            path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
+            run = cls(path)
+            run.checkpoints.mkdir(exist_ok=True)
+            write_json(path / "config.json", config.model_dump(mode="json"))
         return run
 
     @classmethod
@@ -61,8 +75,9 @@ class RunFolder:
         """
         if not (path / "config.json").is_file():
             raise RunError(f"{path} must be a run to resume. Found no config.json in it.")
-        run = cls(path)
-        run.checkpoints.mkdir(exist_ok=True)
+        with _room_for(path, "resume"):
+            run = cls(path)
+            run.checkpoints.mkdir(exist_ok=True)
         return run
 
     @property
@@ -86,9 +101,16 @@ class RunFolder:
             decided: T = known["value"]
             return decided
         line = {"kind": kind, "value": value, "why": why}
+        append_whole(self.path / "decisions.jsonl", _to_text([line]))
         self._decisions[kind] = line
-        _append_lines(self.path / "decisions.jsonl", [line])
         return value
+
+    def decide_once(self, kind: str, find: Callable[[], tuple[T, str]]) -> T:
+        """As `decide`, but for what is costly to find: `find` -> (value, why) is called once."""
+        if kind in self._decisions:
+            decided: T = self._decisions[kind]["value"]
+            return decided
+        return self.decide(kind, *find())
 
     def check_environment(self, environment: dict[str, Any]) -> list[str]:
         """Record the environment the first time; later return what differs, as sentences."""
@@ -105,7 +127,7 @@ class RunFolder:
 
     def append_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl and flush them to the disk."""
-        _append_lines(self.path / "metrics.jsonl", lines)
+        append_whole(self.path / "metrics.jsonl", _to_text(lines))
 
     def decisions(self, prefix: str) -> dict[str, Any]:
         """Return what was decided of the kinds that begin with `prefix`, without it."""
@@ -118,9 +140,7 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after update `step`: a killed run wrote them and they will come again."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in _read_lines(path) if line["step"] <= step]
-            write_atomic(path, _to_text(kept))
+        _repair(path, [line for line in _read_lines(path) if line["step"] <= step])
 
     def discard(self) -> None:
         """Delete a run in which nothing was trained yet."""
@@ -129,9 +149,23 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Release the lock."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Release the lock; say how to go on after a full disk or a signal.
+
+        Raises:
+            DiskFull, Interrupted, Preempted: in the place of what ended the block.
+        """
         self._lock.close()
+        if isinstance(error, KeyboardInterrupt):
+            raise stop_error(error, f"stopped before the run had ended. {self._next()}") from None
+        if error is not None and is_disk_full(error):
+            raise DiskFull(f"{_reason(error, self.path)} Make room. {self._next()}") from error
+
+    def _next(self) -> str:
+        """What to do with the run after it was cut short."""
+        if not (self.path / "config.json").is_file():  # discarded, or not yet begun
+            return "Nothing was trained yet: run the same command again."
+        return f"Resume with: fieldmark train --resume --out {self.path}"
 
 
 def describe_environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -165,6 +199,24 @@ def default_folder(name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _room_for(path: Path, action: str) -> Iterator[None]:
+    """Say in a sentence that there is no room for a run's first files."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFull(f"{_reason(error, path)} Make room and {action}.") from error
+
+
+def _reason(error: BaseException, path: Path) -> str:
+    """An error of a full disk as a sentence."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename or path} cannot be written: {error.strerror}."
+
+
 def _is_vacant(path: Path) -> bool:
     """Whether nothing but the beginnings of a run that was killed at once is there."""
     if not path.is_dir():
@@ -189,16 +241,17 @@ def _lock(path: Path) -> IO[str]:
         file.close()
         raise RunError(f"{path} is in use by {holder}. Wait for it, or stop it.") from error
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a courtesy to others, for which a full disk has no room
+        holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
+        os.write(file.fileno(), holder.encode())
     return file
 
 
-def _append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with path.open("ab") as file:
-        file.write(_to_text(lines))
-        file.flush()
-        os.fsync(file.fileno())
+def _repair(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Let the file hold exactly these lines: a kill may have left half a one after them."""
+    text = _to_text(lines)
+    if path.exists() and path.read_bytes() != text:
+        write_atomic(path, text)
 
 
 def _to_text(lines: Iterable[dict[str, Any]]) -> bytes:
@@ -206,9 +259,20 @@ def _to_text(lines: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that are whole. A killed process, or machine, may have spoilt the last.
+
+    Raises:
+        RunError: another line than the last is no JSON.
+    """
     if not path.exists():
         return []
+    texts = path.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or cut short
     lines = []
-    for text in path.read_bytes().split(b"\n")[:-1]:  # the last piece is empty, or cut short
-        lines.append(json.loads(text))
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise RunError(f"line {number} of {path} must be JSON. It was damaged.") from error
+            warn(f"line {number} of {path} is damaged and left out")
     return lines

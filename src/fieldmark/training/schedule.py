@@ -7,13 +7,16 @@ from fieldmark.errors import ConfigError
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Return the number of updates that the configured epochs, steps or examples come to."""
+    """Return the number of updates that the configured epochs, steps or examples come to.
+
+    Epochs come to at least `min_steps`, so that a small data set is seen more often.
+    """
     if config.steps:
         return config.steps
     if config.examples:
-        steps = config.examples // config.batch_size
+        steps = config.examples // int(config.batch_size)  # "auto" has become a number by now
     else:
-        steps = round(config.epochs * steps_per_epoch)
+        steps = max(config.min_steps, round(config.epochs * steps_per_epoch))
     if steps < 1:
         raise ConfigError(
             f"training must last at least one update of train.batch_size={config.batch_size}. "
@@ -46,20 +49,36 @@ def warmup_steps(
     return steps
 
 
-def lr_factor(config: ScheduleConfig, step: int, *, total: int, warmup: int) -> float:
+def lr_factor(
+    config: ScheduleConfig, step: int, *, total: int, warmup: int, steps_per_epoch: int = 0
+) -> float:
     """Return the rate of update `step` (0 for the first) as a multiple of optim.lr.
 
     Warm-up is linear from `warmup_start_factor` to 1 over `warmup` updates. Then, with t the
-    fraction of the remaining updates already made: cosine, end + (1 - end) (1 + cos(pi t)) / 2
-    (Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5); linear, 1 - (1 - end) t; constant.
+    fraction of the decay already made, counted from the warm-up's end or, with decay_from=start,
+    from update 0: cosine, end + (1 - end) (1 + cos(pi t)) / 2 (Loshchilov and Hutter 2016,
+    arXiv:1608.03983, equation 5); linear, 1 - (1 - end) t; step, step_factor to the power of the
+    decays so far, one at each full `step_epochs` (counted likewise); constant, 1.
+
+    Args:
+        steps_per_epoch: updates in an epoch; name=step needs it.
     """
     if step < warmup:
         start = config.warmup_start_factor
         return start + (1 - start) * step / warmup
-    t = min(1.0, (step - warmup) / max(1, total - warmup))
+    origin = warmup if config.decay_from == "warmup" else 0
+    if config.name == "step":
+        return config.step_factor ** _decays(config.step_epochs, step - origin, steps_per_epoch)
+    t = min(1.0, (step - origin) / max(1, total - origin))
     end = config.end_factor
     if config.name == "cosine":
         return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * t))
     if config.name == "linear":
         return 1 - (1 - end) * t
     return 1.0
+
+
+def _decays(step_epochs: float, steps: int, steps_per_epoch: int) -> int:
+    """Return how many whole `step_epochs` there are in `steps`, counted in updates."""
+    # Rounded first: 0.07 epochs of 100 updates are 7 updates, not 7.000000000000001.
+    return math.floor(round(steps / (step_epochs * steps_per_epoch), 9))

@@ -1,24 +1,21 @@
 """One training run from its last checkpoint to its last update."""
 
 import copy
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
-from fieldmark.errors import CheckpointError, NonFiniteLoss, RunError
+from fieldmark.errors import CheckpointError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
+from fieldmark.training.average import MovingAverage
 from fieldmark.training.checkpoint import (
     Best,
     checkpoint_path,
@@ -34,6 +31,7 @@ from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.run_folder import RunFolder
 from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
+from fieldmark.training.signals import stop_requests
 
 FLUSH_STEPS = 20  # losses are read, checked and written this often: each reading waits for the GPU
 
@@ -51,13 +49,6 @@ class Batches(Protocol):
 
 Validate = Callable[[nn.Module], tuple[Rate, float]]
 """A network in eval mode -> (top-1 accuracy, loss in nats) on the validation split."""
-
-
-class Interrupted(RunError):
-    """The run was asked to stop and left a checkpoint."""
-
-    code = "interrupted"
-    exit_status = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +76,7 @@ class Session:
         optim: OptimConfig,
         schedule: ScheduleConfig,
         loss: LossConfig,
+        class_counts: Sequence[int],
         freeze: Freeze,
         device: torch.device,
     ) -> None:
@@ -104,10 +96,16 @@ class Session:
         self.rule = UpdateRule(
             network=self.network,
             forward=torch.compile(self.network) if train.compile else self.network,
-            loss_fn=make_loss(loss),
+            loss_fn=make_loss(loss, class_counts=class_counts),
             optimizer=make_optimizer(self.network, optim),
             scaler=make_scaler(train, device),
-            lr_factor=partial(lr_factor, schedule, total=self.total, warmup=warmup),
+            lr_factor=partial(
+                lr_factor,
+                schedule,
+                total=self.total,
+                warmup=warmup,
+                steps_per_epoch=data.steps_per_epoch,
+            ),
             autocast=partial(autocast, train, device),
             batch_size=train.batch_size,
             accumulation_steps=train.accumulation_steps,
@@ -116,7 +114,11 @@ class Session:
             seed=train.seed,
         )
         self.lr = optim.lr
-        self.ema = ModelEmaV3(self.network, decay=train.ema_decay) if train.ema_decay else None
+        self.ema: MovingAverage | None = None
+        if train.ema_decay:
+            self.ema = MovingAverage(
+                self.network, train.ema_decay, warmup=train.ema_warmup, every=train.ema_steps
+            )
         self.best: Best | None = None
         self.start = self._restore()
         self.done = self.start
@@ -128,7 +130,7 @@ class Session:
         """Train to the end, or until asked to stop; leave the chosen weights in the network.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+            Interrupted, Preempted: a signal came; a checkpoint was written.
             NonFiniteLoss: the loss or a gradient is not a number; the last checkpoint is sound.
         """
         started = time.monotonic()
@@ -139,13 +141,13 @@ class Session:
         stopped_early = self._should_stop_early(self.start, per_epoch)
         last = self.start if stopped_early else self.total
         try:
-            with _stop_requests() as asked:
+            with stop_requests() as asked:
                 for step in train_steps(
                     self.rule, batches, start_step=self.start, total_steps=last
                 ):
                     self.done = step.index
                     if self.ema is not None:
-                        self.ema.update(self.network, step.index)
+                        self.ema.update(step.index)
                     self._pending.append(step)
                     if len(self._pending) >= FLUSH_STEPS:
                         self._flush()
@@ -157,7 +159,7 @@ class Session:
                     if improved or wants_stop or self._checkpoint_is_due(step.index, per_epoch):
                         self._save()
                     if wants_stop:
-                        raise Interrupted(self._resume_sentence())
+                        raise asked.error(self._resume_sentence())
                     if stopped_early:
                         break
         finally:
@@ -324,28 +326,6 @@ def _is_finite(line: dict[str, Any], *, scaled: bool) -> bool:
         and norm_is_finite
         and (scaled or line["grad_norm"] == line["grad_norm"])
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Set the event on SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals reach the main thread only
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        warn("stopping after this update; a checkpoint follows")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary_sentence(result: TrainResult) -> str:

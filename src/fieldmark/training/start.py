@@ -1,18 +1,23 @@
 """From a recipe, or a run to resume, to a session in front of its next update."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from fieldmark.config import DataConfig, ModelConfig, RunConfig
 from fieldmark.cookbook import load_recipe
+from fieldmark.data.sizes import image_px_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
-from fieldmark.errors import ConfigError, DataError
+from fieldmark.errors import ConfigError, DataError, ModelError
 from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
 from fieldmark.training.device import pick_device, prepare
+from fieldmark.training.features import frozen_digest, linear_head
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
@@ -20,7 +25,9 @@ from fieldmark.training.prepare import (
     load_train_images,
     make_batches,
     make_network,
+    pretrained_preprocess,
 )
+from fieldmark.training.probe import ReadyProbe
 from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
 from fieldmark.training.session import Session, Validate
 
@@ -87,6 +94,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         train=train,
         num_classes=len(splits.class_names),
         device=device,
+        image_px=partial(_image_px, run, images) if images.augment.sizes else None,
     )
     validate = make_validation(
         splits.val,
@@ -104,10 +112,52 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         optim=config.optim,
         schedule=config.schedule,
         loss=config.loss,
+        class_counts=np.bincount(
+            splits.train.labels if images.labels is None else images.labels,
+            minlength=len(splits.class_names),
+        ).tolist(),
         freeze=config.model.freeze,
         device=device,
     )
     return Ready(session, splits, images, architecture, pretrained)
+
+
+def _image_px(run: RunFolder, images: TrainImages, step: int) -> int:
+    """Return the side of the images of update `step` (from 0); the run's length is decided."""
+    total = run.decisions("total_steps")[""]
+    return image_px_at(images.augment.sizes, step, total, images.preprocess.height_px)
+
+
+def start_probe(run: RunFolder, config: RunConfig) -> ReadyProbe:
+    """Open the data and build the network with a new head, for train.method=linear-probe."""
+    device = pick_device(config.train.device)
+    threads = prepare(config.train, device)
+    for difference in run.check_environment(describe_environment(device, threads)):
+        warn(f"the run began elsewhere, so its last bits may differ: {difference}")
+    splits = _open_splits(run, config.data)
+    pretrained = _resolve_pretrained(config.model)
+    if pretrained is None:
+        raise ConfigError("train.method=linear-probe needs model.pretrained. Set it.")
+    spec = pretrained_preprocess(config.model, config.eval, pretrained)
+    network, architecture = make_network(
+        config.model,
+        pretrained=replace(pretrained, class_names=()),  # the head is new, whatever its classes
+        class_names=splits.class_names,
+        image_px=spec.height_px,
+        seed=config.train.seed,
+    )
+    head = linear_head(network, spec.height_px)
+    weights = frozen_digest(network)
+    if run.decide("weights", weights, "of the frozen network") != weights:
+        raise ModelError(
+            f"{config.model.pretrained} changed since the run began: its weights are others. "
+            "Restore it, or start a new run."
+        )
+    splits = check_splits(splits, spec, config.data.max_broken_frac, run.decide)
+    say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
+    return ReadyProbe(
+        run, network, head, splits, spec, architecture, pretrained, weights, device, threads
+    )
 
 
 def _open_splits(run: RunFolder, data: DataConfig) -> Splits:

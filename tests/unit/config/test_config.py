@@ -52,6 +52,23 @@ def test_setting_one_unit_clears_the_others() -> None:
     assert (epochs.schedule.warmup_epochs, epochs.schedule.warmup_frac) == (0.5, 0)
 
 
+def test_who_says_how_long_is_not_overruled_by_a_least_length() -> None:
+    base = override(find_recipe("finetune"), ["train.min_steps=100"])
+    for setting in ("train.epochs=2", "train.steps=3", "train.examples=99"):
+        assert override(base, [setting]).train.min_steps == 0
+    both = override(base, ["train.epochs=2", "train.min_steps=50"]).train
+    assert (both.epochs, both.min_steps) == (2, 50)
+    with pytest.raises(ConfigError, match=r"min_steps belongs to train\.epochs"):
+        override(base, ["train.steps=3", "train.min_steps=5"])
+
+
+def test_another_schedule_loses_what_belongs_to_the_one_before() -> None:
+    steps = find_recipe("imagenet-resnet50")
+    assert override(steps, ["schedule.name=cosine"]).schedule.step_epochs == 0
+    linear = override(BASE, ["schedule.name=linear", "schedule.end_factor=0.1"])
+    assert override(linear, ["schedule.name=constant"]).schedule.end_factor == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -86,6 +103,48 @@ def test_a_mistake_is_one_sentence(setting: str, message: str) -> None:
 def test_combinations_that_cannot_be_are_refused(settings: list[str]) -> None:
     with pytest.raises(ConfigError):
         override(BASE, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.focal_gamma=3"], "loss.focal_gamma belongs to loss.name=focal. Got 3"),
+        (["loss.adjust_tau=2"], "loss.adjust_tau belongs to loss.name=logit-adjusted"),
+        (["loss.bce_threshold=0.2"], "loss.bce_threshold belongs to loss.name=bce"),
+        (["loss.effective_beta=0.9"], "belongs to loss.class_weights=effective"),
+        (["loss.class_weights=inverze"], "must be none, inverse, effective, or a list"),
+        (["loss.class_weights=['a']"], "must be none, inverse, effective, or a list"),
+        (["loss.class_weights=[1, -1]"], "must not be below 0"),
+        (["loss.class_weights=[0, 0]"], "must not be below 0, and at least one"),
+        (["loss.class_weights=[]"], "must not be below 0, and at least one"),
+        (["loss.class_weights=[1, inf]"], "finite number"),
+        (["loss.focal_gamma=inf", "loss.name=focal"], "finite number"),
+        (["loss.name=logit-adjusted", "loss.class_weights=inverse"], "keep one of them"),
+        (["loss.name=logit-adjusted", "data.sampler=sqrt"], "keep one of them"),
+        (["loss.class_weights=effective", "data.sampler=balanced"], "keep one of them"),
+        (
+            ["loss.name=bce", "loss.bce_threshold=0.2", "loss.label_smoothing=0.1"],
+            "undoes loss.label_smoothing",
+        ),
+    ],
+)
+def test_settings_of_the_loss_that_cannot_be(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(BASE, settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_loss_loses_the_arguments_of_the_one_before() -> None:
+    focal = override(BASE, ["loss.name=focal", "loss.focal_gamma=3", "loss.class_weights=[1, 2]"])
+    assert (focal.loss.focal_gamma, focal.loss.class_weights) == (3, (1, 2))
+    assert RunConfig.model_validate_json(focal.model_dump_json()) == focal
+    assert override(focal, ["loss.name=bce"]).loss.focal_gamma == 2
+    effective = override(BASE, ["loss.class_weights=effective", "loss.effective_beta=0.9"])
+    assert override(effective, ["loss.class_weights=none"]).loss.effective_beta == 0.999
+    # Weights that someone chose are not a rule, and may say what an error costs.
+    override(BASE, ["loss.class_weights=[1, 2]", "data.sampler=balanced"])
+    override(BASE, ["loss.class_weights=[1, 2]", "loss.name=logit-adjusted"])
 
 
 def test_a_config_is_frozen_and_its_json_reloads_equal() -> None:

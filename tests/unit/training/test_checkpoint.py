@@ -1,5 +1,6 @@
 """Checkpoints: whole or recognised as not, and the right ones kept."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fieldmark.training.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_newest,
+    must_fit,
     prune,
     read_header,
     remove_temporary,
@@ -65,7 +67,7 @@ def test_no_pickled_code_is_run(tmp_path: Path) -> None:
             return (print, ("run",))
 
     path = save_checkpoint(tmp_path, 1, {"network": Evil()}, None)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(CheckpointError, match="[Ww]eights.only"):
         load_checkpoint(path)
 
 
@@ -87,16 +89,53 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.ckpt"]
 
 
-def test_a_full_disk_leaves_the_old_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extra_facts_go_round(tmp_path: Path) -> None:
+    extra = {"lr_scale": 0.25, "rollbacks": [{"step": 7, "why": "spike"}], "none": None}
+    path = save_checkpoint(tmp_path, 1, STATE, None, extra)
+    assert read_header(path).extra == extra
+    assert load_checkpoint(path)[0].extra == extra
+    assert read_header(save_checkpoint(tmp_path, 2, STATE, None)).extra == {}
+    long = {"text": "x" * 100_000}  # prune reads headers: one that it took for damaged is deleted
+    assert read_header(save_checkpoint(tmp_path, 3, STATE, None, long)).extra == long
+    with pytest.raises(ValueError, match="extra must fit"):
+        save_checkpoint(tmp_path, 4, STATE, None, {"text": "x" * 2**20})
+
+
+def test_a_header_of_before_extra_and_its_own_checksum_still_loads(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 5, STATE, Best(5, 0.5, 1.0))
+    line, _, payload = path.read_bytes().partition(b"\n")
+    header = json.loads(line)
+    del header["extra"], header["header_sha256"]
+    path.write_bytes(json.dumps(header).encode() + b"\n" + payload)
+    found, state = load_checkpoint(path)
+    assert (found.step, found.best, found.extra) == (5, Best(5, 0.5, 1.0), {})
+    assert torch.equal(state["network"]["w"], STATE["network"]["w"])
+
+
+def test_a_fact_altered_in_the_header_is_noticed(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 5, STATE, Best(3, 0.5, 1.0), {"lr_scale": 0.25})
+    whole = path.read_bytes()
+    for before, after in ((b"0.25", b"0.75"), (b"[3, ", b"[2, ")):
+        assert whole.count(before, 0, 300) == 1
+        path.write_bytes(whole.replace(before, after, 1))
+        with pytest.raises(CheckpointError, match="header cannot be read"):
+            read_header(path)
+
+
+def test_a_whole_checkpoint_that_torch_does_not_load_is_not_put_aside(tmp_path: Path) -> None:
     save(tmp_path, 1)
+    save_checkpoint(tmp_path, 2, {"network": Path("x")}, None)
+    with pytest.raises(CheckpointError, match=r"is whole, but torch .* does not load it"):
+        load_newest(tmp_path)
+    assert checkpoint_path(tmp_path, 2).is_file()
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fieldmark.runtime.files.os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device. Older checkpoints"):
-        save(tmp_path, 2)
-    assert read_header(checkpoint_path(tmp_path, 1)).step == 1
-    assert len(list(tmp_path.iterdir())) == 1
+def test_another_network_s_checkpoint_is_a_sentence() -> None:
+    with (
+        pytest.raises(CheckpointError, match="after update 7 must fit .* size mismatch"),
+        must_fit(7),
+    ):
+        torch.nn.Linear(3, 4).load_state_dict(torch.nn.Linear(3, 5).state_dict())
+    optimizer = torch.optim.SGD(torch.nn.Linear(3, 4).parameters())
+    with pytest.raises(CheckpointError, match="different number of parameter groups"), must_fit(7):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
