@@ -31,12 +31,15 @@ class Space:
     high: float = 0.0
     values: tuple[Any, ...] = ()
 
-    def setting(self, value: Any) -> str:
-        """Return "section.key=value" as `override` reads it: numbers to 4 digits, in the range."""
+    def value(self, drawn: Any) -> Any:
+        """Return what is tried for a drawn number: 4 digits of it, inside the range."""
         if self.kind in ("uniform", "log"):
-            rounded = float(f"{value:.{DIGITS}g}")
-            value = min(max(rounded, self.low), self.high)
-        return f"{self.key}={to_text(value)}"
+            return min(max(float(f"{drawn:.{DIGITS}g}"), self.low), self.high)
+        return drawn
+
+    def setting(self, drawn: Any) -> str:
+        """Return "section.key=value" as `override` reads it."""
+        return f"{self.key}={to_text(self.value(drawn))}"
 
     def examples(self) -> tuple[Any, ...]:
         """Return the ends of a range and a number between them, or all values of a choice."""
