@@ -57,26 +57,26 @@ def split_settings(config: RunConfig, texts: Iterable[str]) -> tuple[list[str], 
     lists is written choice:[...].
 
     Raises:
-        ConfigError: a range that is none, values the key does not take, or a key given twice.
+        ConfigError: a range that is none, values the key does not take, or a key with two of them.
     """
     fixed: list[str] = []
-    spaces: list[Space] = []
-    seen: set[str] = set()
+    spaces: dict[str, Space] = {}
     for text in texts:
         key, _, value = (part.strip() for part in text.partition("="))
-        if key in seen:
-            raise ConfigError(f"{key} must be given once. Got {text!r} too. Leave one out.")
-        seen.add(key)
         is_list = value.startswith("[") and _takes(config, text)
         space = None if is_list else parse_space(key, value)
+        if key in spaces or (space and key in {other.partition("=")[0].strip() for other in fixed}):
+            raise ConfigError(
+                f"{key} must be given once where it has a space. Got {text!r} too. Leave one out."
+            )
         if space is None:
             fixed.append(text)
         else:
-            spaces.append(space)
+            spaces[key] = space
     base = override(config, fixed)
-    for space in spaces:
+    for space in spaces.values():
         _check(base, space)
-    return fixed, spaces
+    return fixed, list(spaces.values())
 
 
 def parse_space(key: str, text: str) -> Space | None:

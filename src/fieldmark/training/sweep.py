@@ -300,18 +300,17 @@ def _keep(trial: "Trial", accuracy: float, loss: float, step: int, num_val: int)
 
 def _row(frozen: "FrozenTrial", plan: Plan) -> Row:
     found = frozen.user_attrs.get("found", {})
-    drawn = {
-        space: json.loads(frozen.params[space.key])
-        if space.kind == "choice"
-        else frozen.params[space.key]
+    drawn = [
+        (space, json.loads(value) if space.kind == "choice" else value)
         for space in plan.spaces
-        if space.key in frozen.params
-    }
+        for value in [frozen.params.get(space.key)]
+        if value is not None
+    ]
     return Row(
         trial=frozen.number + 1,
         state=STATES[frozen.state.name],
-        values={space.key: space.value(value) for space, value in drawn.items()},
-        settings=tuple(space.setting(value) for space, value in drawn.items()),
+        values={space.key: space.value(value) for space, value in drawn},
+        settings=tuple(space.setting(value) for space, value in drawn),
         accuracy=Rate(**found["rate"]) if found else None,
         loss=found.get("loss"),
         step=found.get("step"),

@@ -80,11 +80,12 @@ def test_spaces_and_settings_are_told_apart() -> None:
             "train.epochs=int:1..3",
             "train.batch_size=[32,64]",
             "model.args.widths=[8,8,16]",  # a key that takes a list: a value
-            "train.seed=3",
+            "train.seed=2",
+            "train.seed=3",  # the last one counts, as in a training run
             "augment.sizes=choice:[[[0.0,16]],[[0.0,32]]]",
         ],
     )
-    assert fixed == ["model.args.widths=[8,8,16]", "train.seed=3"]
+    assert fixed == ["model.args.widths=[8,8,16]", "train.seed=2", "train.seed=3"]
     assert [space.key for space in spaces] == [
         "optim.lr",
         "train.epochs",
@@ -102,6 +103,8 @@ def test_spaces_and_settings_are_told_apart() -> None:
         (["train.batch_size=[32,0]"], "train.batch_size"),
         (["schedule.name=[cosine,cosin]"], "schedule.name"),
         (["optim.lr=0.1", "optim.lr=0.1..1.0"], "optim.lr must be given once"),
+        (["optim.lr=0.1..1.0", "optim.lr=0.1"], "optim.lr must be given once"),
+        (["optim.lr=0.1..1.0", "optim.lr=0.1..2.0"], "optim.lr must be given once"),
         (["lr=0.1..1.0"], "a setting must be section.key=value"),
     ],
 )

@@ -46,7 +46,7 @@ def make_rule(
     values: dict[str, Any] = {
         "network": network,
         "forward": network,
-        "loss_fn": make_loss(LossConfig()),
+        "loss_fn": make_loss(LossConfig(), class_counts=[1] * 4),
         "optimizer": make_optimizer(network, optim) if isinstance(optim, OptimConfig) else optim,
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "lr_factor": lambda step: 1.0,
@@ -279,4 +279,4 @@ def test_the_verb_draws_reports_and_leaves_no_run(
     with pytest.raises(ConfigError, match="in a folder that exists"):
         fieldmark.lr_find("digits", out="nowhere/plot.png")
     with pytest.raises(ConfigError, match="train.method must be gradient"):
-        fieldmark.lr_find("digits", ["train.method=linear-probe"])
+        fieldmark.lr_find("linear-probe", ["model.pretrained=timm:resnet18"])
