@@ -63,8 +63,8 @@ def split_settings(config: RunConfig, texts: Iterable[str]) -> tuple[list[str], 
     spaces: dict[str, Space] = {}
     for text in texts:
         key, _, value = (part.strip() for part in text.partition("="))
-        is_list = value.startswith("[") and _takes(config, text)
-        space = None if is_list else parse_space(key, value)
+        is_value = _toml_list(value) is not None and _takes(config, text)
+        space = None if is_value else parse_space(key, value)
         if key in spaces or (space and key in {other.partition("=")[0].strip() for other in fixed}):
             raise ConfigError(
                 f"{key} must be given once where it has a space. Got {text!r} too. Leave one out."
@@ -128,15 +128,21 @@ def _choice(key: str, text: str, listed: str) -> Space:
 
 def _list(text: str) -> list[Any] | None:
     """A TOML list; or bare words between brackets, which a shell leaves of quoted ones."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-        return value if isinstance(value, list) and _is_plain(value) else None
-    except tomllib.TOMLDecodeError:
-        pass
+    listed = _toml_list(text)
+    if listed is not None:
+        return listed if _is_plain(listed) else None
     if not (text.startswith("[") and text.endswith("]")):
         return None
     words = [word.strip() for word in text[1:-1].split(",")]
     return words if all(_BARE.fullmatch(word) for word in words) else None
+
+
+def _toml_list(text: str) -> list[Any] | None:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _is_plain(value: Any) -> bool:

@@ -41,9 +41,9 @@ def save_lr_plot(path: Path, finding: "LrFinding", *, lag: int, own_lr: float, t
         if rate is not None:
             axes.axvline(rate, color=color, linestyle=style, label=f"{name}: {rate:.2g}")
     # The last losses are many times the others, and would flatten what there is to see.
-    low, start = min(finding.smoothed), finding.smoothed[0]
+    low, start = min(finding.losses), finding.smoothed[0]
     room = max(start - low, 0.1 * abs(start), 1e-6)
-    axes.set_ylim(max(0.0, low - 0.3 * room), start + room)
+    axes.set_ylim(max(0.0, low - 0.1 * room), start + room)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate (optim.lr)")
     axes.set_ylabel("training loss, nats")

@@ -79,6 +79,7 @@ def test_spaces_and_settings_are_told_apart() -> None:
             "optim.lr=log:0.01..1",
             "train.epochs=int:1..3",
             "train.batch_size=[32,64]",
+            "optim.name=[adamw,lamb]",  # not the text "[adamw,lamb]"
             "model.args.widths=[8,8,16]",  # a key that takes a list: a value
             "train.seed=2",
             "train.seed=3",  # the last one counts, as in a training run
@@ -90,6 +91,7 @@ def test_spaces_and_settings_are_told_apart() -> None:
         "optim.lr",
         "train.epochs",
         "train.batch_size",
+        "optim.name",
         "augment.sizes",
     ]
 
