@@ -132,10 +132,19 @@ def check_equal(run: Path, calm: Path) -> None:
 def start(out: Path, settings: Sequence[str], **options: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [PROGRAM, "train", "digits", *settings, "--out", str(out)],
-        # Under nohup, tests and what they start ignore a lost terminal.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},  # type: ignore[call-overload]
+        **{  # type: ignore[call-overload]
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "preexec_fn": heed_hangup,
+            **options,
+        },
     )
+
+
+def heed_hangup() -> None:
+    """Under nohup, tests and what they start would ignore a lost terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for_checkpoint(out: Path) -> None:
@@ -193,6 +202,7 @@ def test_a_lost_terminal_leaves_a_checkpoint(tmp_path: Path, settings: list[str]
     master, slave = os.openpty()
 
     def own_terminal() -> None:
+        heed_hangup()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     process = start(
