@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fieldmark.config import RunConfig
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, DiskFull, Interrupted, Preempted
 from fieldmark.runtime.log import progress
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.lr_plot import save_lr_plot
 from fieldmark.training.run_folder import RunFolder
+from fieldmark.training.signals import stop_requests
 from fieldmark.training.start import start_session
 
 NUM_UPDATES = 100
@@ -200,6 +201,7 @@ def range_test(config: RunConfig, plot: Path | None) -> dict[str, Any]:
 
     Raises:
         ConfigError: the method has no learning rate, or `plot` cannot be written.
+        Interrupted, Preempted: a signal came.
     """
     if config.train.method != "gradient":
         raise ConfigError(
@@ -208,21 +210,30 @@ def range_test(config: RunConfig, plot: Path | None) -> dict[str, Any]:
         )
     if plot is not None and not plot.absolute().parent.is_dir():
         raise ConfigError(f"--out {plot} must be in a folder that exists. Make it first.")
-    with (
-        tempfile.TemporaryDirectory(prefix="fieldmark-lr-find-") as temporary,
-        RunFolder.create(Path(temporary) / "run", config) as run,
-    ):
+    try:
+        with stop_requests(at_once=True), tempfile.TemporaryDirectory(prefix="fieldmark-") as made:
+            finding = _tested(config, Path(made) / "run")
+    except (Interrupted, Preempted) as error:  # which says how to resume a run that is gone
+        raise type(error)("stopped. Nothing is kept: run the same command again.") from None
+    except DiskFull as error:
+        raise DiskFull(
+            f"{tempfile.gettempdir()} has no room for a temporary run. Make room, or set TMPDIR."
+        ) from error
+    if plot is not None:
+        save_lr_plot(plot, finding, lag=LAG, own_lr=config.optim.lr, title=config.name)
+    return {"recipe": config.name, "own_lr": config.optim.lr, **finding.to_json()}
+
+
+def _tested(config: RunConfig, folder: Path) -> LrFinding:
+    with RunFolder.create(folder, config) as run:
         session = start_session(run, config, _no_validation).session
         batches = session.data.batches(0)
         try:
-            finding = find_lr(session.rule, batches, base_lr=config.optim.lr)
+            return find_lr(session.rule, batches, base_lr=config.optim.lr)
         finally:
             close = getattr(batches, "close", None)
             if close is not None:
                 close()
-    if plot is not None:
-        save_lr_plot(plot, finding, lag=LAG, own_lr=config.optim.lr, title=config.name)
-    return {"recipe": config.name, "own_lr": config.optim.lr, **finding.to_json()}
 
 
 def _no_validation(*_: object, **__: object) -> None:

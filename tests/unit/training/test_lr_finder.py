@@ -4,7 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,3 +285,27 @@ def test_the_verb_draws_reports_and_leaves_no_run(
         fieldmark.lr_find("digits", out="nowhere/plot.png")
     with pytest.raises(ConfigError, match="train.method must be gradient"):
         fieldmark.lr_find("linear-probe", ["model.pretrained=timm:resnet18"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_it_without_a_trace(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    words = [sys.executable, "-m", "fieldmark.cli", "lr-find", "digits", "train.threads=1"]
+    process = subprocess.Popen(
+        [*words, "--out", str(tmp_path / "plot.png")],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit = time.monotonic() + 60
+    while not list(tmp_path.glob("*/run/decisions.jsonl")) and time.monotonic() < limit:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert "Nothing is kept" in stderr
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.glob("fieldmark-*"))
