@@ -4,7 +4,7 @@
     run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
     fieldmark.export(run.path)
 
-The verbs are those of the command line; see `fieldmark.pipeline`.
+The verbs are those of the command line; see `fieldmark.pipeline` and `fieldmark.tuning`.
 """
 
 import importlib
@@ -18,11 +18,13 @@ __all__ = [
     "evaluate",
     "export",
     "info",
+    "lr_find",
     "package",
     "predict",
     "quickstart",
     "recipes",
     "serve",
+    "sweep",
     "train",
     "verify",
 ]
@@ -41,11 +43,15 @@ if TYPE_CHECKING:
         train,
         verify,
     )
+    from fieldmark.tuning import lr_find, sweep
+
+_TUNING = ("lr_find", "sweep")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("fieldmark.pipeline"), name)
+        room = "fieldmark.tuning" if name in _TUNING else "fieldmark.pipeline"
+        return getattr(importlib.import_module(room), name)
     raise AttributeError(f"module 'fieldmark' has no attribute {name!r}")
 
 

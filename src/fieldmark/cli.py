@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fieldmark import __version__, pipeline, show
+from fieldmark import __version__, pipeline, show, tuning
 from fieldmark.errors import FieldmarkError
 from fieldmark.runtime import log
 
@@ -39,6 +39,13 @@ Model = Annotated[
 Package = Annotated[
     str, typer.Argument(metavar="PACKAGE", help="A package, or a run.", show_default=False)
 ]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="See `fieldmark recipes`; or a TOML file.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Over the recipe's own values."),
+]
 ImageColumn = Annotated[str, typer.Option(help="Of an hf: source with several.")]
 LabelColumn = Annotated[str, typer.Option(help="Of an hf: source with several.")]
 SOURCES = "cifar10, cifar100, digits, folder:PATH, imagenet:PATH, hf:NAME_OR_PATH"
@@ -46,13 +53,8 @@ SOURCES = "cifar10, cifar100, digits, folder:PATH, imagenet:PATH, hf:NAME_OR_PAT
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="See `fieldmark recipes`; or a TOML file.")
-    ] = "",
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Over the recipe's own values."),
-    ] = None,
+    recipe: Recipe = "",
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [runs/RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     pie: Annotated[
@@ -210,10 +212,7 @@ def predict(
     results = pipeline.predict(model, images, top_k=top_k, variant=variant, batch_size=batch_size)
     if csv is not None:
         num_files, num_errors = pipeline.write_csv(results, csv, top_k=top_k)
-        if as_json:
-            show.print_json({"csv": str(csv), "num_files": num_files, "num_errors": num_errors})
-        else:
-            typer.echo(f"{num_files} files, {num_errors} with an error: {csv}")
+        show.show_csv(csv, num_files, num_errors, as_json)
     else:
         num_errors = show.show_predictions(results, as_json)
     raise typer.Exit(1 if num_errors else 0)
@@ -249,15 +248,7 @@ def serve(
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes and their results."""
-    listed = pipeline.recipes()
-    if as_json:
-        show.print_json({"recipes": listed})
-        return
-    rows = []
-    for item in listed:
-        evidence = item["evidence"] or "expected or published, not measured"
-        rows += [(item["name"], item["summary"]), ("", f"{item['result']} [{evidence}]"), ("", "")]
-    log.facts(rows)
+    show.show_recipes(pipeline.recipes(), as_json)
 
 
 @app.command()
@@ -312,6 +303,52 @@ def quickstart(
     They come with scikit-learn: no download.
     """
     _finish(pipeline.quickstart(out), as_json, show.show_quickstart)
+
+
+@app.command("lr-find")
+def lr_find(
+    recipe: Recipe,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Loss over rate.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Suggest a learning rate for a recipe.
+
+    Raises the rate over 100 updates until the loss diverges; no run is kept.
+
+    Example: fieldmark lr-find digits --out rates.png
+    """
+    _finish(tuning.lr_find(recipe, settings or [], out=out), as_json, show.show_rates)
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option(help="The sweep's folder.")],
+    recipe: Recipe = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=SPACE|KEY=VALUE...",
+            help="SPACE: 1e-4..1e-1, log:1e-4..1e-1, int:2..8 or [64,128].",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    metric: Annotated[
+        tuning.Metric | None, typer.Option(help="Of val [val_top1_accuracy].", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try values of settings; find the best on val.
+
+    Test images are not looked at. Needs the extra `sweep`.
+
+    Example: fieldmark sweep digits optim.lr=log:0.05..2 --trials 8 --out sweeps/lr
+    """
+    result = tuning.sweep(
+        recipe, settings or [], out=out, trials=trials, metric=metric, resume=resume
+    )
+    _finish(result, as_json, show.show_sweep)
 
 
 def main() -> None:

@@ -11,22 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fieldmark.errors import (
-    ConfigError,
-    FieldmarkError,
-    MissingDependency,
-    PackageError,
-    UnknownName,
-    require,
-)
+from fieldmark.errors import ConfigError, FieldmarkError, UnknownName, require
 from fieldmark.runtime.files import read_json
 from fieldmark.runtime.log import say
 
 if TYPE_CHECKING:
-    from fieldmark.config import RunConfig
+    from fieldmark.measure import Predict
     from fieldmark.serving.files import FileResult
-    from fieldmark.serving.predictor import Predictor
-    from fieldmark.training.run_folder import RunFolder
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript"]
@@ -68,6 +59,7 @@ def train(
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
     from fieldmark.training.prepare import BROKEN
+    from fieldmark.training.probe_run import train_probe
     from fieldmark.training.session import summary_sentence
     from fieldmark.training.signals import stop_requests
     from fieldmark.training.start import open_run, start_session
@@ -83,7 +75,7 @@ def train(
             return Result(run.path, facts)
         config = run.config()
         if config.train.method == "linear-probe":
-            facts = _train_probe(run, config, resume=resume)
+            facts = train_probe(run, config, finish_run, resume=resume)
             _draw_classes(facts, pie)
             return Result(run.path, facts)
         try:
@@ -146,7 +138,7 @@ def evaluate(
     require("torch", "train", "evaluating on a data source")
     from fieldmark.data.source import open_source
     from fieldmark.evaluation.backends import open_backend
-    from fieldmark.evaluation.run import evaluate_split, write_evaluation
+    from fieldmark.evaluation.run import evaluate_split, evaluation_folder, write_evaluation
     from fieldmark.evaluation.splits import pick_split
     from fieldmark.packaging.resolve import resolve_model
 
@@ -165,7 +157,7 @@ def evaluate(
         batch_size=batch_size,
     )
     about = {"model": str(model), "variant": variant, "data": data, "split": chosen.name}
-    folder = Path(out) if out else _evaluation_folder(model, chosen.name, variant)
+    folder = Path(out) if out else evaluation_folder(Path(model), chosen.name, variant)
     if folder is not None:
         write_evaluation(
             folder,
@@ -218,6 +210,7 @@ def export(model: str | Path, to: ExportFormat = "onnx", *, data: str = "") -> R
     require("torch", "train", "exporting")
     from fieldmark.evaluation.backends import open_module
     from fieldmark.packaging.export import FORMATS, OPSET, export_module
+    from fieldmark.packaging.manifest import package_folder
     from fieldmark.packaging.resolve import resolve_model
     from fieldmark.packaging.write import add_variant
 
@@ -254,6 +247,7 @@ def verify(
         max_images: at most so many, chosen evenly over the split.
     """
     from fieldmark.evaluation.parity import verify_package
+    from fieldmark.packaging.manifest import package_folder
 
     folder = package_folder(model)
     facts, passed = verify_package(
@@ -282,9 +276,11 @@ def predict(
     Args:
         variant: onnx, torchscript, torch (the trained model), or auto: onnx where there is one.
     """
+    from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.files import classify_files
+    from fieldmark.serving.predictor import open_variant
 
-    predictor = _open_predictor(package_folder(model), variant)
+    predictor = open_variant(package_folder(model), variant, _open_with_torch)
     images = [images] if isinstance(images, str | Path) else images
     return classify_files(predictor, images, top_k=top_k, batch_size=batch_size)
 
@@ -311,6 +307,7 @@ def serve(
     Args:
         announce: called with {"url", "model"} once the service is ready.
     """
+    from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.server import serve as serve_package
 
     serve_package(
@@ -326,17 +323,9 @@ def serve(
 
 def recipes() -> list[dict[str, str]]:
     """Return name, summary, result and evidence of every recipe."""
-    from fieldmark.cookbook import RECIPES
+    from fieldmark.cookbook import describe_recipes
 
-    return [
-        {
-            "name": name,
-            "summary": found.summary,
-            "result": found.line("Result"),
-            "evidence": found.evidence or "",
-        }
-        for name, found in sorted(RECIPES.items())
-    ]
+    return describe_recipes()
 
 
 def info(
@@ -384,6 +373,7 @@ def augment(
 def quickstart(out: str | Path | None = None) -> Result:
     """Run the whole job on handwritten digits: train, export, verify, predict one image."""
     require("torch", "train", "the quickstart")
+    from fieldmark.packaging.manifest import package_folder
     from fieldmark.training.run_folder import default_folder
 
     run = train("digits", out=out or default_folder("quickstart"))
@@ -394,70 +384,6 @@ def quickstart(out: str | Path | None = None) -> Result:
     return Result(run.path, facts, exported.passed)
 
 
-def package_folder(model: str | Path) -> Path:
-    """Return the package that a path means: itself, or that of a run.
-
-    Raises:
-        PackageError: neither.
-    """
-    from fieldmark.packaging.manifest import find_package, open_package
-
-    found = find_package(Path(model))
-    return found if found is not None else open_package(Path(model)).path
-
-
-def _train_probe(run: "RunFolder", config: "RunConfig", *, resume: bool) -> dict[str, Any]:
-    """Fit a new head to features of the pretrained network, measure it, and package it."""
-    from fieldmark.errors import Interrupted
-    from fieldmark.evaluation.finish import finish_run
-    from fieldmark.training.prepare import BROKEN
-    from fieldmark.training.probe import finish_report, fit_probe
-    from fieldmark.training.start import start_probe
-
-    try:
-        ready = start_probe(run, config)
-        report = fit_probe(
-            ready,
-            probe=config.probe,
-            train=config.train,
-            data=config.data,
-            evaluation=config.eval,
-        )
-    except Interrupted:
-        raise  # what was extracted serves the resumed run
-    except (FieldmarkError, KeyboardInterrupt):
-        if not resume:
-            run.discard()  # nothing was fitted: the same command can be tried again
-        raise
-    selected_by = run.decide(
-        "selection", {"split": "train", "step": 0}, "the penalty that cross-validation chose"
-    )
-    try:
-        facts = finish_run(
-            run.path,
-            config,
-            splits=ready.splits,
-            preprocess=ready.preprocess,
-            network=ready.network,
-            architecture=ready.architecture,
-            pretrained=ready.pretrained,
-            training={
-                "steps": 0,
-                "selected_by": selected_by,
-                "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
-                "probe": report,
-            },
-            device=ready.device,
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped after the fit, before the package was written. "
-            f"Resume with: fieldmark train --resume --out {run.path}"
-        ) from None
-    finish_report(run.path, report, facts)
-    return facts
-
-
 def _draw_classes(facts: dict[str, Any], pie: str | Path | None) -> None:
     from fieldmark.data.counts import save_pie
 
@@ -465,37 +391,9 @@ def _draw_classes(facts: dict[str, Any], pie: str | Path | None) -> None:
         save_pie(Path(pie), facts["class_counts"], title=facts["data"])
 
 
-def _evaluation_folder(model: str | Path, split: str, variant: str) -> Path | None:
-    """Beside the checkpoints of a run; nowhere for other models."""
-    run = Path(model)
-    return run / "evaluations" / f"{split}-{variant}" if (run / "checkpoints").is_dir() else None
-
-
-def _open_predictor(folder: Path, variant: str) -> "Predictor":
-    """Open the ONNX variant without torch, or what else is asked for with it."""
-    from fieldmark.packaging.manifest import open_package
-    from fieldmark.serving.predictor import Predictor, open_predictor
-
-    package = open_package(folder)
-    if variant in ("auto", "onnx") and "onnx" in package.manifest.variants or variant == "onnx":
-        return open_predictor(folder)
-    try:
-        require("torch", "train", f"predicting with variant {variant!r}")
-    except MissingDependency:
-        if variant == "auto":
-            raise PackageError(
-                f"{folder} must have an ONNX variant to predict without torch. It has none. "
-                f"Where it was trained, run: fieldmark export {folder}."
-            ) from None
-        raise
+def _open_with_torch(folder: Path, variant: str) -> "Predict":
+    require("torch", "train", f"predicting with variant {variant!r}")
     from fieldmark.evaluation.backends import open_backend
     from fieldmark.packaging.resolve import resolve_model
 
-    resolved = resolve_model(str(folder))
-    return Predictor(
-        predict=open_backend(resolved, "torch" if variant == "auto" else variant),
-        preprocess=package.preprocess,
-        class_names=package.class_names,
-        class_descriptions=package.class_descriptions,
-        model_id=package.id,
-    )
+    return open_backend(resolve_model(str(folder)), variant)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -201,6 +202,26 @@ def show_augment(result: Result) -> None:
     )
 
 
+def show_csv(path: Path, num_files: int, num_errors: int, as_json: bool) -> None:
+    """Say where predictions were written."""
+    if as_json:
+        print_json({"csv": str(path), "num_files": num_files, "num_errors": num_errors})
+    else:
+        typer.echo(f"{num_files} files, {num_errors} with an error: {path}")
+
+
+def show_recipes(recipes: list[dict[str, str]], as_json: bool) -> None:
+    """Show each recipe with its result and where that was measured."""
+    if as_json:
+        print_json({"recipes": recipes})
+        return
+    rows = []
+    for item in recipes:
+        evidence = item["evidence"] or "expected or published, not measured"
+        rows += [(item["name"], item["summary"]), ("", f"{item['result']} [{evidence}]"), ("", "")]
+    facts_table(rows)
+
+
 def show_info(result: Result) -> None:
     """Show what is known of a package, a run, or a data source."""
     facts = dict(result.facts)
@@ -212,3 +233,60 @@ def show_info(result: Result) -> None:
         if value and len(json.dumps(value)) > 200:
             facts[name] = f"{len(value)} entries; see --json"
     facts_table([(name, str(value)) for name, value in facts.items()])
+
+
+def show_rates(result: Result) -> None:
+    """Show the suggestions of a range test beside the recipe's own rate."""
+    facts = result.facts
+    steepest, tenth, diverged = (
+        facts[name] for name in ("steepest", "minimum_tenth", "diverged_at")
+    )
+    rates = facts["rates"]
+    none = "none: the loss did not fall by more than it scatters"
+    facts_table(
+        [
+            ("tried", f"{rates[0]:.2g} to {rates[-1]:.2g}, {len(rates)} updates"),
+            ("steepest fall of the loss", none if steepest is None else f"{steepest:.2g}"),
+            ("its minimum / 10", none if tenth is None else f"{tenth:.2g}"),
+            ("diverged", "no" if diverged is None else f"at {diverged:.2g}"),
+            ("the recipe's own", f"{facts['own_lr']:.2g}"),
+        ]
+    )
+    if result.path is not None:
+        typer.echo(f"plot: {result.path}")
+
+
+def show_sweep(result: Result) -> None:
+    """Show a row for each trial, and the command that repeats the best."""
+    facts, best = result.facts, result.facts["best"]
+    keys = list(facts["spaces"])
+    rows = []
+    for row in facts["trials"]:
+        rate = row["val_top1_accuracy"]
+        is_best = best is not None and row["trial"] == best["trial"]
+        rows.append(
+            [
+                f"{row['trial']}{' *' if is_best else ''}",
+                *(row["values"].get(key, "") for key in keys),
+                "" if rate is None else f"{rate['value']:.2%}",
+                "" if rate is None else f"{rate['low']:.1%} to {rate['high']:.1%}",
+                "" if row["val_loss"] is None else f"{row['val_loss']:.4f}",
+                row["state"],
+                f"{row['minutes']:.2f}",
+            ]
+        )
+    columns = ["val top-1", "95 % interval", "val loss", "state", "minutes"]
+    table(["trial", *keys, *columns], rows)
+    for row in facts["trials"]:
+        if row["state"] == "failed":
+            typer.echo(f"trial {row['trial']} failed: {row['note']}")
+    typer.echo(f"rows: {result.path}/sweep.csv")
+    if best is None:
+        typer.echo("no trial ended")
+        return
+    typer.echo(
+        f"best: trial {best['trial']} by {facts['metric']}, the best of {len(rows)} on the same "
+        "images: expect less on test"
+    )
+    typer.echo(f"next: {best['command']}")
+    typer.echo(f"or, with the weights it has: {best['finish']}")

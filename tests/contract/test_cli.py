@@ -22,6 +22,8 @@ VERBS = [
     "info",
     "augment",
     "quickstart",
+    "lr-find",
+    "sweep",
 ]
 
 
@@ -72,7 +74,7 @@ def test_the_verbs_are_those_of_the_python_package(run: Cli) -> None:
     run("--help")
     for verb in VERBS:
         assert verb in run.out
-        assert callable(getattr(fieldmark, verb))
+        assert callable(getattr(fieldmark, verb.replace("-", "_")))
     assert run("--version").out.strip() == fieldmark.__version__
 
 

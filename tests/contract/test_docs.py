@@ -110,6 +110,34 @@ def test_the_tutorial_runs_as_written(in_empty_folder: Path, tiny_images: Path) 
 
 
 @pytest.mark.slow
+def test_tuning_runs_as_written(in_empty_folder: Path) -> None:
+    import json
+    import shlex
+    import subprocess
+    import sys
+
+    for words in commands(ROOT / "docs" / "how-to" / "tune.md"):
+        program = [sys.executable, "-m", "fieldmark.cli", *words]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (words, done.stderr[-800:])
+    assert (in_empty_folder / "rates.png").is_file()
+    sweep = json.loads((in_empty_folder / "sweeps/digits/sweep.json").read_text())
+    assert len(sweep["trials"]) == 6
+    load_recipe("digits", shlex.split(sweep["best"]["command"])[3:])
+
+
+@pytest.mark.parametrize("form", [1, 2, 3, 4, 5])
+def test_spaces_in_the_table_are_spaces(form: int) -> None:
+    from fieldmark.config.space import split_settings
+    from fieldmark.cookbook import find_recipe
+
+    page = (ROOT / "docs" / "how-to" / "tune.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    for text in re.findall("`(.*?)`", rows[form - 1]):
+        assert split_settings(find_recipe("digits"), [text])[1], text
+
+
+@pytest.mark.slow
 def test_the_python_example_of_the_readme_runs(in_empty_folder: Path) -> None:
     (block,) = blocks(ROOT / "README.md", "python")
     namespace: dict[str, object] = {}

@@ -8,6 +8,12 @@ from fieldmark.cookbook import (  # noqa: F401  (they register themselves)
     imagenet_vit,
     probe,
 )
-from fieldmark.cookbook.registry import RECIPES, Recipe, find_recipe, load_recipe
+from fieldmark.cookbook.registry import (
+    RECIPES,
+    Recipe,
+    describe_recipes,
+    find_recipe,
+    load_recipe,
+)
 
-__all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe"]
+__all__ = ["RECIPES", "Recipe", "describe_recipes", "find_recipe", "load_recipe"]

@@ -87,3 +87,16 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> RunConfig:
     base = None if base_name is None else find_recipe(str(base_name))
     config = load_toml(path, base).model_copy(update={"name": path.stem})
     return override(config, settings)
+
+
+def describe_recipes() -> list[dict[str, str]]:
+    """Return name, summary, result and evidence of every recipe, by name."""
+    return [
+        {
+            "name": name,
+            "summary": found.summary,
+            "result": found.line("Result"),
+            "evidence": found.evidence or "",
+        }
+        for name, found in sorted(RECIPES.items())
+    ]

@@ -93,3 +93,9 @@ def write_evaluation(
     )
     write_atomic(folder / "predictions.npz", buffer.getvalue())
     write_json(folder / "metrics.json", about | evaluation.scores.to_json(list(class_names)))
+
+
+def evaluation_folder(model: Path, split: str, variant: str) -> Path | None:
+    """Return where an evaluation goes: beside a run's checkpoints; nowhere for other models."""
+    is_run = (model / "checkpoints").is_dir()
+    return model / "evaluations" / f"{split}-{variant}" if is_run else None

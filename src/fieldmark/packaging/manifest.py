@@ -223,6 +223,16 @@ def find_package(path: Path) -> Path | None:
     return None
 
 
+def package_folder(model: str | Path) -> Path:
+    """Return the package that a path means: itself, or that of a run.
+
+    Raises:
+        PackageError: neither.
+    """
+    found = find_package(Path(model))
+    return found if found is not None else open_package(model).path
+
+
 def parse_manifest(text: str | bytes, where: str | Path) -> Manifest:
     """Return the manifest a JSON text describes; `where` names it in the PackageError."""
     try:

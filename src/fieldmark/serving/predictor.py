@@ -1,12 +1,12 @@
 """A model with its preprocessing and its class names: encoded bytes -> ranked predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fieldmark.errors import CheckFailed, ModelError
+from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
 from fieldmark.measure import Predict, softmax
 from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.load import open_onnx
@@ -119,6 +119,39 @@ def open_predictor(
             )
     elif check:
         log.warn(f"{package_path} has no golden samples, so its answers were not checked here.")
+    return Predictor(
+        predict=predict,
+        preprocess=package.preprocess,
+        class_names=package.class_names,
+        class_descriptions=package.class_descriptions,
+        model_id=package.id,
+    )
+
+
+def open_variant(
+    folder: Path, variant: str, open_with_torch: Callable[[Path, str], Predict]
+) -> Predictor:
+    """Return the predictor of any variant of a package: the ONNX one without torch.
+
+    Args:
+        variant: a variant, torch for the trained model, or auto: onnx where there is one.
+        open_with_torch: opens the package's other variants.
+
+    Raises:
+        PackageError: auto, without an ONNX variant and without torch.
+    """
+    package = open_package(folder)
+    if variant == "onnx" or (variant == "auto" and "onnx" in package.manifest.variants):
+        return open_predictor(folder)
+    try:
+        predict = open_with_torch(folder, "torch" if variant == "auto" else variant)
+    except MissingDependency:
+        if variant != "auto":
+            raise
+        raise PackageError(
+            f"{folder} must have an ONNX variant to predict without torch. It has none. "
+            f"Where it was trained, run: fieldmark export {folder}."
+        ) from None
     return Predictor(
         predict=predict,
         preprocess=package.preprocess,

@@ -39,7 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = _lock(path)
+        self._lock = lock_folder(path)
         remove_temporary(path)
         decisions = _read_lines(path / "decisions.jsonl")
         self._decisions = {line["kind"]: line for line in decisions}
@@ -226,8 +226,8 @@ def _is_vacant(path: Path) -> bool:
     return names <= beginnings and not any((path / "checkpoints").glob("*"))
 
 
-def _lock(path: Path) -> IO[str]:
-    """Hold the folder for this process, and this process alone.
+def lock_folder(path: Path) -> IO[str]:
+    """Hold the folder for this process alone, until the returned file is closed.
 
     A POSIX record lock, because worker processes do not inherit it: after a kill they may
     outlive the trainer by seconds, and must not keep the run from being resumed.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
-from fieldmark.errors import CheckpointError, NonFiniteLoss
+from fieldmark.errors import CheckpointError, FieldmarkError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import Bar, duration, say, warn
@@ -49,6 +49,16 @@ class Batches(Protocol):
 
 Validate = Callable[[nn.Module], tuple[Rate, float]]
 """A network in eval mode -> (top-1 accuracy, loss in nats) on the validation split."""
+
+
+OnValidation = Callable[[int, float, float], None]
+"""Called with (update, top-1 accuracy, loss in nats) after each validation; may raise Pruned."""
+
+
+class Pruned(FieldmarkError):
+    """The run was given up: others did better at the same point."""
+
+    code = "pruned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,7 @@ class Session:
         self._pending: list[Step] = []
         self._note = ""  # what the progress bar shows of the last update that was read
         self._saved_at = self.start
+        self.on_validation: OnValidation | None = None
 
     def fit(self) -> TrainResult:
         """Train to the end, or until asked to stop; leave the chosen weights in the network.
@@ -132,6 +143,7 @@ class Session:
         Raises:
             Interrupted, Preempted: a signal came; a checkpoint was written.
             NonFiniteLoss: the loss or a gradient is not a number; the last checkpoint is sound.
+            Pruned: `on_validation` gave the run up.
         """
         started = time.monotonic()
         per_epoch = self.data.steps_per_epoch
@@ -247,6 +259,8 @@ class Session:
             f"epoch {step / per_epoch:.3g}: validation top-1 {accuracy:.2%} ({interval}), "
             f"loss {loss:.4f}{star}"
         )
+        if self.on_validation is not None:
+            self.on_validation(step, accuracy, loss)
         return better
 
     def _checkpoint_is_due(self, step: int, per_epoch: int) -> bool:
