@@ -64,7 +64,8 @@ def train(
 ) -> None:
     """Train a recipe into a run and its package.
 
-    The run's folder ends with a package and a test result.
+    The run's folder ends with a package and a test result. Exit status 75: a signal stopped it, and
+    --resume goes on.
 
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """

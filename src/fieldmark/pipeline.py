@@ -84,7 +84,7 @@ def train(
             if not resume:
                 run.discard()  # nothing was trained: the same command can be tried again
             raise
-        trained = ready.session.fit()
+        trained = ready.fit()
         say(summary_sentence(trained))
         selected_by = run.decide(
             "selection",
@@ -363,10 +363,10 @@ def augment(
     """
     require("torch", "train", "augmenting images")
     from fieldmark.training.preview import draw_preview, preview_config
-    from fieldmark.training.start import _resolve_pretrained
+    from fieldmark.training.start import resolve_pretrained
 
     config = preview_config(source, recipe, settings)
-    pretrained = _resolve_pretrained(config.model)
+    pretrained = resolve_pretrained(config.model)
     return Result(Path(out), draw_preview(Path(out), config, pretrained, num_rows=rows))
 
 

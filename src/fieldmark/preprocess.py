@@ -27,7 +27,7 @@ from PIL import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
-from fieldmark.config.schema import Interpolation
+from fieldmark.config.section import Interpolation
 from fieldmark.errors import BodyTooLarge, ImageError, ImageTooLarge
 
 # Importing a plugin registers it: Pillow then never loads its other forty decoders to find one.

@@ -1,19 +1,15 @@
 """What a run is told: frozen sections, read from recipes, TOML files and section.key=value."""
 
-from fieldmark.config.load import load_toml, override
-from fieldmark.config.schema import (
-    AugmentConfig,
-    DataConfig,
-    EvalConfig,
+from fieldmark.config.inputs import AugmentConfig, DataConfig, ModelConfig
+from fieldmark.config.learning import (
     LossConfig,
-    ModelConfig,
     OptimConfig,
-    PackageConfig,
     ProbeConfig,
-    RunConfig,
     ScheduleConfig,
     TrainConfig,
 )
+from fieldmark.config.load import load_toml, override
+from fieldmark.config.schema import EvalConfig, PackageConfig, RunConfig
 
 __all__ = [
     "AugmentConfig",

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fieldmark.config.schema import RunConfig, Section
+from fieldmark.config.schema import RunConfig
+from fieldmark.config.section import Section
 from fieldmark.errors import ConfigError, suggestion
 
 Change = tuple[str, tuple[str, ...], Any]

@@ -82,7 +82,8 @@ class AirNet(nn.Module):
         count = 0
         size = self.whiten.weight[0].numel()
         covariance = torch.zeros(size, size, dtype=torch.float64)
-        for images in x_BCHW.split(500):
+        at_once = max(1, 500 * 32 * 32 // x_BCHW[0, 0].numel())  # patches are 12 doubles a pixel
+        for images in x_BCHW.split(at_once):
             patches = F.unfold(images.float(), kernel_size=2)  # (b, C*4, L)
             flat = patches.permute(0, 2, 1).reshape(-1, size).double().cpu()
             covariance += flat.T @ flat

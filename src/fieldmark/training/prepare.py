@@ -32,6 +32,9 @@ from fieldmark.training.session import Batches
 
 NORMALISATION_SAMPLE = 2_000  # images whose pixels the normalisation is measured on, when on disk
 WHITENING_SAMPLE = 5_000
+# Where images are large, fewer of them: a sample must not take more memory than the training.
+NORMALISATION_PIXELS = NORMALISATION_SAMPLE * 224 * 224
+WHITENING_PIXELS = WHITENING_SAMPLE * 64 * 64
 _DEFAULT_PX = 224
 _SMALL_PX = 64
 
@@ -219,7 +222,7 @@ def make_batches(
             augment=augment,
             mean=images.preprocess.mean,
             std=images.preprocess.std,
-            batch_size=train.batch_size,
+            batch_size=train.examples_per_update,
             accumulation_steps=train.accumulation_steps,
             rank=rank,
             num_ranks=num_ranks,
@@ -240,7 +243,7 @@ def make_batches(
         images.split,
         images.preprocess,
         augment=augment,
-        batch_size=train.batch_size,
+        batch_size=train.examples_per_update,
         accumulation_steps=train.accumulation_steps,
         rank=rank,
         num_ranks=num_ranks,
@@ -261,7 +264,9 @@ def measure_normalisation(pixels: npt.NDArray[np.uint8]) -> Normalisation:
     """Return mean and std of each channel of uint8 (N, H, W, 3), as fractions, to 4 decimals."""
     count = np.zeros(3)
     total, squares = np.zeros(3), np.zeros(3)
-    for chunk in np.array_split(pixels, max(1, len(pixels) // 2_000)):
+    at_once = max(1, 2_000 * 32 * 32 * 3 // pixels[0].size)  # as float64 eight times as large
+    for start in range(0, len(pixels), at_once):
+        chunk = pixels[start : start + at_once]
         flat = chunk.reshape(-1, 3).astype(np.float64) / 255.0
         total += flat.sum(axis=0)
         squares += np.square(flat).sum(axis=0)
@@ -315,7 +320,8 @@ def _native_px(split: Split) -> int:
 
 def _sample_pixels(split: Split, spec: Preprocess) -> npt.NDArray[np.uint8]:
     rng = np.random.default_rng(derive_seed("normalisation"))
-    chosen = rng.permutation(len(split))[:NORMALISATION_SAMPLE]
+    at_most = max(1, NORMALISATION_PIXELS // (spec.height_px * spec.width_px))
+    chosen = rng.permutation(len(split))[: min(NORMALISATION_SAMPLE, at_most)]
     sample = split.subset(np.sort(chosen), split.name)
     pixels, _, _ = load_resident(sample, spec, len(sample) * spec.height_px * spec.width_px * 3)
     return pixels
@@ -325,7 +331,8 @@ def _normalised_sample(images: TrainImages) -> torch.Tensor:
     pixels = images.pixels
     if pixels is None:
         pixels = _sample_pixels(images.split, images.preprocess)
-    x_BHWC = torch.from_numpy(pixels[:WHITENING_SAMPLE].astype(np.float32)) / 255.0
+    at_most = max(1, WHITENING_PIXELS // pixels[0, :, :, 0].size)
+    x_BHWC = torch.from_numpy(pixels[: min(WHITENING_SAMPLE, at_most)].astype(np.float32)) / 255.0
     mean, std = torch.tensor(images.preprocess.mean), torch.tensor(images.preprocess.std)
     return ((x_BHWC - mean) / std).permute(0, 3, 1, 2)
 

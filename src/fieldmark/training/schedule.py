@@ -13,13 +13,14 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """
     if config.steps:
         return config.steps
+    batch_size = config.examples_per_update
     if config.examples:
-        steps = config.examples // int(config.batch_size)  # "auto" has become a number by now
+        steps = config.examples // batch_size
     else:
         steps = max(config.min_steps, round(config.epochs * steps_per_epoch))
     if steps < 1:
         raise ConfigError(
-            f"training must last at least one update of train.batch_size={config.batch_size}. "
+            f"training must last at least one update of train.batch_size={batch_size}. "
             "Got less. Raise train.epochs or lower train.batch_size."
         )
     return steps

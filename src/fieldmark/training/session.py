@@ -14,13 +14,16 @@ from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfi
 from fieldmark.errors import CheckpointError, FieldmarkError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.model import Freeze
+from fieldmark.runtime.files import size_text
 from fieldmark.runtime.log import Bar, duration, say, warn
 from fieldmark.training.average import MovingAverage
+from fieldmark.training.capacity import peak_memory_bytes
 from fieldmark.training.checkpoint import (
     Best,
     checkpoint_path,
     load_checkpoint,
     load_newest,
+    must_fit,
     prune,
     remove_temporary,
     save_checkpoint,
@@ -70,6 +73,7 @@ class TrainResult:
     best: Best | None  # None: there was no validation split, and the last weights are used
     train_s: float  # of this process; a resumed run counts its own part
     images_per_s: float
+    peak_memory_bytes: int  # of the GPU, or resident on a CPU, of this process so far
 
 
 class Session:
@@ -101,7 +105,7 @@ class Session:
             schedule,
             total=self.total,
             steps_per_epoch=data.steps_per_epoch,
-            batch_size=train.batch_size,
+            batch_size=train.examples_per_update,
         )
         self.rule = UpdateRule(
             network=self.network,
@@ -117,7 +121,7 @@ class Session:
                 steps_per_epoch=data.steps_per_epoch,
             ),
             autocast=partial(autocast, train, device),
-            batch_size=train.batch_size,
+            batch_size=train.examples_per_update,
             accumulation_steps=train.accumulation_steps,
             max_grad_norm=optim.max_grad_norm,
             freeze=freeze,
@@ -147,8 +151,8 @@ class Session:
         """
         started = time.monotonic()
         per_epoch = self.data.steps_per_epoch
-        bar = Bar("training", self.total * self.train.batch_size, "images")
-        bar.start(self.start * self.train.batch_size)
+        bar = Bar("training", self.total * self.train.examples_per_update, "images")
+        bar.start(self.start * self.train.examples_per_update)
         batches = self.data.batches(self.start)
         stopped_early = self._should_stop_early(self.start, per_epoch)
         last = self.start if stopped_early else self.total
@@ -163,7 +167,7 @@ class Session:
                     self._pending.append(step)
                     if len(self._pending) >= FLUSH_STEPS:
                         self._flush()
-                    bar.advance(self.train.batch_size, self._note)
+                    bar.advance(self.train.examples_per_update, self._note)
                     improved = self._validate_if_due(step.index, per_epoch)
                     stopped_early = self._should_stop_early(step.index, per_epoch)
                     is_last = stopped_early or step.index == self.total
@@ -182,7 +186,7 @@ class Session:
         if self._saved_at < self.done:
             self._save()
         seconds = time.monotonic() - started
-        trained = (self.done - self.start) * self.train.batch_size
+        trained = (self.done - self.start) * self.train.examples_per_update
         if stopped_early:
             say(
                 f"stopped early after update {self.done}: {self.train.early_stop_epochs} epochs "
@@ -195,6 +199,7 @@ class Session:
             best=self.best,
             train_s=seconds,
             images_per_s=trained / seconds if trained else 0.0,
+            peak_memory_bytes=peak_memory_bytes(self.device),
         )
 
     def _flush(self) -> None:
@@ -293,11 +298,12 @@ class Session:
             self.run.rewind_metrics(0)
             return 0
         header, state = found
-        self.network.load_state_dict(state["network"])
-        self.rule.optimizer.load_state_dict(state["optimizer"])
-        self.rule.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        with must_fit(header.step):
+            self.network.load_state_dict(state["network"])
+            self.rule.optimizer.load_state_dict(state["optimizer"])
+            self.rule.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
         self.best = header.best
         self.run.rewind_metrics(header.step)
         say(f"resuming after update {header.step} of {self.total}")
@@ -346,5 +352,5 @@ def summary_sentence(result: TrainResult) -> str:
     """Return one line on how long training took."""
     return (
         f"trained to update {result.step}, here in {duration(result.train_s)} "
-        f"({result.images_per_s:.0f} images/s)"
+        f"({result.images_per_s:.0f} images/s, {size_text(result.peak_memory_bytes)} of memory)"
     )

@@ -6,18 +6,24 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
-from fieldmark.config import DataConfig, ModelConfig, RunConfig
+from fieldmark.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fieldmark.cookbook import load_recipe
-from fieldmark.data.sizes import image_px_at
+from fieldmark.data.sizes import image_px_at, size_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
 from fieldmark.errors import ConfigError, DataError, ModelError
 from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
-from fieldmark.training.device import pick_device, prepare
+from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
+from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
+from fieldmark.training.device import autocast, pick_device, prepare
 from fieldmark.training.features import frozen_digest, linear_head
+from fieldmark.training.losses import make_loss
+from fieldmark.training.optim import make_optimizer
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
@@ -29,7 +35,7 @@ from fieldmark.training.prepare import (
 )
 from fieldmark.training.probe import ReadyProbe
 from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
-from fieldmark.training.session import Session, Validate
+from fieldmark.training.session import Session, TrainResult, Validate
 
 MakeValidation = Callable[..., Validate | None]
 
@@ -51,6 +57,17 @@ class Ready:
     images: TrainImages
     architecture: Architecture
     pretrained: ResolvedModel | None
+    make_update: Callable[[], Run]  # a rehearsal of the update, for when memory runs out
+
+    def fit(self) -> TrainResult:
+        """Train to the end; a GPU that has no room is told with the largest update that fits."""
+        train = self.session.train
+        with out_of_memory_explained(
+            lambda num_images: self.make_update()(num_images),
+            batch_size=train.examples_per_update,
+            accumulation_steps=train.accumulation_steps,
+        ):
+            return self.session.fit()
 
 
 def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValidation) -> Ready:
@@ -65,7 +82,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     for difference in run.check_environment(describe_environment(device, threads)):
         warn(f"the run began elsewhere, so its last bits may differ: {difference}")
     splits = _open_splits(run, data)
-    pretrained = _resolve_pretrained(config.model)
+    pretrained = resolve_pretrained(config.model)
     images = load_train_images(
         splits.train,
         data=data,
@@ -86,11 +103,17 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     )
     if pretrained is None:
         initialise_from_images(network, images)
+    class_counts = np.bincount(
+        splits.train.labels if images.labels is None else images.labels,
+        minlength=len(splits.class_names),
+    ).tolist()
+    make_update = partial(_rehearsal, config, images, network.to(device), class_counts, device)
+    train = _settle_memory(run, config, images, splits, network, make_update, device)
     batches = make_batches(
         images,
         decide=run.decide,
         data=data,
-        augment=config.augment,
+        augment=images.augment,
         train=train,
         num_classes=len(splits.class_names),
         device=device,
@@ -112,14 +135,63 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         optim=config.optim,
         schedule=config.schedule,
         loss=config.loss,
-        class_counts=np.bincount(
-            splits.train.labels if images.labels is None else images.labels,
-            minlength=len(splits.class_names),
-        ).tolist(),
+        class_counts=class_counts,
         freeze=config.model.freeze,
         device=device,
     )
-    return Ready(session, splits, images, architecture, pretrained)
+    return Ready(session, splits, images, architecture, pretrained, make_update)
+
+
+def _rehearsal(
+    config: RunConfig,
+    images: TrainImages,
+    network: nn.Module,
+    class_counts: Sequence[int],
+    device: torch.device,
+) -> Run:
+    """Return a run of updates, at the largest size that training shows, on a copy."""
+    return rehearsal(
+        network,
+        make_optimizer=partial(make_optimizer, config=config.optim),
+        loss_fn=make_loss(config.loss, class_counts=class_counts),
+        autocast=partial(autocast, config.train, device),
+        freeze=config.model.freeze,
+        image_shape=(3, *_largest_side(images)),
+        channels_last=config.train.channels_last,
+    )
+
+
+def _largest_side(images: TrainImages) -> tuple[int, int]:
+    spec = images.preprocess
+    sides = [px for _, px in images.augment.sizes]
+    return size_at(max(sides, default=None), spec.height_px, spec.width_px)
+
+
+def _settle_memory(
+    run: RunFolder,
+    config: RunConfig,
+    images: TrainImages,
+    splits: Splits,
+    network: nn.Module,
+    make_update: Callable[[], Run],
+    device: torch.device,
+) -> TrainConfig:
+    """Return the section with its batch size as a number, once it is known to fit."""
+    spec = images.preprocess
+    update = make_update()
+    train = settle_batch_size(
+        config.train,
+        update,
+        num_updates=2,
+        num_images=len(images.split if images.labels is None else images.labels),
+        device=device,
+        decide_once=run.decide_once,
+    )
+    validation = None
+    if splits.val is not None:
+        validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
+    check_memory(train, update, validation, eval_batch_size=config.eval.batch_size, device=device)
+    return train
 
 
 def _image_px(run: RunFolder, images: TrainImages, step: int) -> int:
@@ -135,7 +207,7 @@ def start_probe(run: RunFolder, config: RunConfig) -> ReadyProbe:
     for difference in run.check_environment(describe_environment(device, threads)):
         warn(f"the run began elsewhere, so its last bits may differ: {difference}")
     splits = _open_splits(run, config.data)
-    pretrained = _resolve_pretrained(config.model)
+    pretrained = resolve_pretrained(config.model)
     if pretrained is None:
         raise ConfigError("train.method=linear-probe needs model.pretrained. Set it.")
     spec = pretrained_preprocess(config.model, config.eval, pretrained)
@@ -176,7 +248,7 @@ def _open_splits(run: RunFolder, data: DataConfig) -> Splits:
     )
 
 
-def _resolve_pretrained(config: ModelConfig) -> ResolvedModel | None:
+def resolve_pretrained(config: ModelConfig) -> ResolvedModel | None:
     """Return the weights that training starts from: any MODEL, or a tag of model.arch."""
 
     text = config.pretrained

@@ -190,7 +190,7 @@ class _Sweep:
             self.is_new = False
             num_val = len(ready.splits.val)
             ready.session.on_validation = self._reporting(trial, ready.session, num_val)
-            best = ready.session.fit().best
+            best = ready.fit().best
         if best is None:
             raise ConfigError(f"the best checkpoint of {path} cannot be read.")
         value = best.top1_accuracy if self.plan.larger_is_better else best.loss

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fieldmark.config.schema import Section
+from fieldmark.config.section import Section
 from fieldmark.cookbook import RECIPES, find_recipe
 from fieldmark.model import Architecture, build
 from fieldmark.training.optim import make_optimizer
