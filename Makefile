@@ -4,7 +4,7 @@ BIN := .venv/bin
 FAST := not slow and not gpu and not network and not ray and not browser
 CODE := src tests scripts benchmarks
 
-.PHONY: help setup fmt check test test-all quickstart docs bench clean
+.PHONY: help setup fmt check test test-slow test-all quickstart docs bench clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ check: setup      ## format, lint, types, layers, changelog
 
 test: setup       ## the fast tests: unit and contract
 	$(BIN)/python -m pytest --durations=10 -m "$(FAST)" tests/unit tests/contract
+
+test-slow: setup  ## what `make test` leaves out: slow tests and those in tests/integration
+	$(BIN)/python -m pytest --durations=10 -m "slow and not gpu and not network"
 
 test-all: setup   ## every test but those that need a GPU or the internet
 	$(BIN)/python -m pytest --durations=10 -m "not gpu and not network"

@@ -48,6 +48,7 @@ def open_elsewhere(package: Path, pixels: np.ndarray, how: str) -> "np.ndarray |
     return np.load(file) if done.returncode == 0 else done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "args"),
     [

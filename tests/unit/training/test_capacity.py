@@ -163,6 +163,7 @@ class Limited:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 31, 64, 99, 100, 5000])
 def test_the_largest_batch_is_found_by_bisection(most: int) -> None:
     gpu = Limited(most)

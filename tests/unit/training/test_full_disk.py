@@ -124,6 +124,7 @@ def test_a_disk_that_fills_before_the_package_leaves_a_run_that_is_resumed(
     check_equal(run, calm)
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_status_2_and_one_sentence(disk: Path, settings: list[str]) -> None:
     """Not 75: a job that is put back into the queue by itself would find the disk as full."""
     import subprocess
@@ -142,6 +143,7 @@ def test_the_command_line_gives_status_2_and_one_sentence(disk: Path, settings: 
     assert "Resume with: fieldmark train --resume" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits are of POSIX systems")
 def test_a_limit_of_the_file_size_ends_the_run_in_the_same_way(
     tmp_path: Path, settings: list[str], calm: Path

@@ -247,6 +247,7 @@ except FieldmarkError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_package_is_written_is_obeyed_at_once(
     tmp_path: Path, settings: list[str], tiny_settings: list[str]
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_signal_while_the_package_is_written_is_obeyed_at_once(
     assert (run / "package" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_messages_that_nobody_reads_do_not_end_the_run(
     tmp_path: Path, tiny_settings: list[str]
 ) -> None:

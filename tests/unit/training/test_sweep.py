@@ -150,6 +150,7 @@ def test_a_sweep_compares_runs_on_val_and_never_looks_at_test(
     assert finished.facts["top1_accuracy"] == again.facts["top1_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 4, 6])
 def test_a_stopped_sweep_goes_on_as_it_would_have(
     tmp_path: Path, fixed: list[str], at: int
@@ -166,6 +167,7 @@ def test_a_stopped_sweep_goes_on_as_it_would_have(
     assert without_minutes(resume_sweep(stopped)) == without_minutes(expected)  # nothing is left
 
 
+@pytest.mark.slow
 def test_more_trials_may_be_added_and_draw_other_values(tmp_path: Path, fixed: list[str]) -> None:
     out = tmp_path / "sweep"
     texts = [*fixed, *ONE_UPDATE, LR]
@@ -177,6 +179,7 @@ def test_more_trials_may_be_added_and_draw_other_values(tmp_path: Path, fixed: l
     assert more["best"]["val_loss"] == min(losses)
 
 
+@pytest.mark.slow
 def test_a_trial_worse_than_the_median_is_given_up_after_its_second_epoch(
     tmp_path: Path, fixed: list[str]
 ) -> None:
@@ -196,6 +199,7 @@ def test_a_trial_worse_than_the_median_is_given_up_after_its_second_epoch(
     assert [row["state"] for row in facts["trials"]] == ["complete"] * 4
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_marked_and_the_sweep_goes_on(
     tmp_path: Path, fixed: list[str]
 ) -> None:
@@ -213,6 +217,7 @@ def test_a_trial_that_diverges_is_marked_and_the_sweep_goes_on(
     assert none.facts["best"] is None
 
 
+@pytest.mark.slow
 def test_values_that_do_not_fit_each_other_fail_their_trial_alone(
     tmp_path: Path, fixed: list[str]
 ) -> None:
