@@ -38,6 +38,7 @@ def test_imagenet_weights_reach_their_known_accuracy_on_500_photographs() -> Non
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_preprocessing_and_logits_equal_timm_s_own() -> None:
     path = shared_path("weights", "tf_efficientnet_lite0.in1k")
     sample = open_source(f"folder:{shared_path('data', 'imagenet-sample', 'val')}").splits["all"]
@@ -141,6 +142,7 @@ def test_a_linear_probe_of_one_s_own_photographs_from_training_to_prediction(
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_cifar_10_from_parquet_is_complete_and_its_normalisation_is_the_right_one() -> None:
     from fieldmark.training.prepare import measure_normalisation
 
