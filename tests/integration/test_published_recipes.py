@@ -56,7 +56,6 @@ def short(name: str, imagenet: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.slow
 def test_three_updates_and_an_evaluation(name: str, imagenet: Path, tmp_path: Path) -> None:
     settings = short(name, imagenet)
     if name == "imagenet-vit-b16-224":
