@@ -157,15 +157,8 @@ def newest(out: Path) -> int:
     return max(int(path.name[5:13]) for path in out.glob("checkpoints/*.ckpt"))
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_preempted_run_ends_with_75_and_resumes_to_the_same_weights(
     tmp_path: Path, settings: list[str], calm: Path, number: signal.Signals
 ) -> None:
