@@ -23,7 +23,7 @@ architecture, _ = adapt_architecture(Architecture(name, 10, {}), px, "auto")
 run = rehearsal(
     build(architecture),
     make_optimizer=lambda network: make_optimizer(network, OptimConfig()),
-    loss_fn=make_loss(LossConfig()),
+    loss_fn=make_loss(LossConfig(), class_counts=[1] * 10),
     autocast=contextlib.nullcontext,
     freeze="none",
     image_shape=(3, px, px),
@@ -43,11 +43,8 @@ else:
 @pytest.mark.parametrize(
     ("name", "px", "num_images"),
     [
-        ("resnet18", 32, 64),
         ("resnet18", 32, 128),
-        ("airnet", 32, 250),
         ("airnet", 32, 500),
-        ("tf_efficientnet_lite0", 224, 8),
         ("tf_efficientnet_lite0", 224, 16),
     ],
 )
