@@ -17,6 +17,8 @@ class LossConfig(Section):
     }
 
     name: Literal["cross-entropy", "focal", "bce", "logit-adjusted"] = "cross-entropy"
+    # sum: the gradient is that of the sum over an update's examples; what is reported is the mean
+    reduction: Literal["mean", "sum"] = "mean"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     # inverse: 1 / images of the class; effective: (1 - beta) / (1 - beta^n); both scaled to a mean
     # of 1 over the train images. Or one for each class, taken as it is.
@@ -103,6 +105,9 @@ class OptimConfig(Section):
     bias_lr_factor: float = Field(default=1.0, gt=0)  # times lr, for norms and biases
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next
     max_grad_norm: float = Field(default=0.0, ge=0)  # 0: no clipping
+    lookahead_steps: int = Field(default=0, ge=0)  # slow weights are exchanged so often; 0: none
+    lookahead_decay: float = Field(default=0.95, gt=0, lt=1)  # of the slow weights, per update
+    stem_epochs: float = Field(default=0.0, ge=0)  # airnet's stem learns so long; 0: to the end
     args: dict[str, Any] = Field(default_factory=dict)  # further arguments of the optimizer
 
 
@@ -148,12 +153,12 @@ class TrainConfig(Section):
     """How long, how much at once, and with which arithmetic."""
 
     units: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("epochs", "steps", "examples"),
+        ("epochs", "steps", "examples", "max_minutes"),
         ("checkpoint_epochs", "checkpoint_steps"),
     )
     # Who says how long does not want it lengthened.
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
-        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples")
+        unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples", "max_minutes")
     }
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
@@ -161,6 +166,7 @@ class TrainConfig(Section):
     epochs: float = Field(default=0.0, ge=0)
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
+    max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it when a run begins
     min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
     batch_size: PositiveInt | Literal["auto"] = 32  # examples per update
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update
@@ -178,12 +184,18 @@ class TrainConfig(Section):
     checkpoint_steps: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, gt=0)  # beside the best
     early_stop_epochs: int = Field(default=0, ge=0)  # 0: never
+    spike_factor: float = Field(default=3.0, ge=0)  # over the largest recent loss; 0: not watched
+    bad_updates: int = Field(default=3, gt=0)  # in a row that make the run go back
+    max_rollbacks: int = Field(default=3, ge=0)  # after which it stops with a diagnosis
+    rollback_lr_factor: float = Field(default=0.5, gt=0, le=1)  # times the rate, each time
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = self._set_units(self.units[0])
         if self.method == "gradient" and len(given) != 1:
-            raise ValueError("train: exactly one of epochs, steps, examples must be above 0")
+            raise ValueError(
+                "train: exactly one of epochs, steps, examples, max_minutes must be above 0"
+            )
         if self.min_steps and not self.epochs:
             raise ValueError(
                 f"train.min_steps belongs to train.epochs. Got {self.min_steps} without epochs"

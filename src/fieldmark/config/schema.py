@@ -22,6 +22,7 @@ class EvalConfig(Section):
     crop_frac: float = Field(default=0.0, ge=0, le=1)  # 0: the weights' own, else 1
     interpolation: Interpolation | Literal["auto"] = "auto"
     scaled_decoding: bool = False
+    views: Literal["one", "six"] = "one"  # six: beside one, also over mirror images and shifts
 
 
 class PackageConfig(Section):

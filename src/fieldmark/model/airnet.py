@@ -61,6 +61,10 @@ class AirNet(nn.Module):
         """Return logits (B, K) of normalised images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(x))
 
+    def stem_parameters(self) -> list[nn.Parameter]:
+        """Return what learns in the stem: the whitening filters' biases."""
+        return [p for name, p in self.whiten.named_parameters() if name == "bias"]
+
     def get_classifier(self) -> nn.Module:
         """Return the head, as timm asks for it."""
         return self.head

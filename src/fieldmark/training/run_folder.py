@@ -28,6 +28,7 @@ from fieldmark.runtime.files import (
     write_json,
 )
 from fieldmark.runtime.log import warn
+from fieldmark.training.ranks import Alone, Ranks
 from fieldmark.training.signals import stop_error
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.ranks: Ranks = Alone()
+        self.writes = True
         self._lock = lock_folder(path)
         remove_temporary(path)
         decisions = _read_lines(path / "decisions.jsonl")
@@ -137,10 +140,21 @@ class RunFolder:
             if kind.startswith(prefix)
         }
 
+    def last_metrics(self, count: int, step: int) -> list[dict[str, Any]]:
+        """Return the lines of the last `count` updates up to `step`, oldest first."""
+        lines = _read_lines(self.path / "metrics.jsonl")
+        return [line for line in lines if line["kind"] == "train" and line["step"] <= step][-count:]
+
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after update `step`: a killed run wrote them and they will come again."""
         path = self.path / "metrics.jsonl"
         _repair(path, [line for line in _read_lines(path) if line["step"] <= step])
+
+    def write_diagnosis(self, found: dict[str, Any]) -> Path:
+        """Write what was measured when training went wrong; return the file."""
+        path = self.path / "diagnosis.json"
+        write_json(path, found)
+        return path
 
     def discard(self) -> None:
         """Delete a run in which nothing was trained yet."""

@@ -1,22 +1,20 @@
 """One training run from its last checkpoint to its last update."""
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fieldmark.config import LossConfig, OptimConfig, ScheduleConfig, TrainConfig
+from fieldmark.config import OptimConfig, ScheduleConfig, TrainConfig
 from fieldmark.errors import CheckpointError, FieldmarkError, NonFiniteLoss
 from fieldmark.measure import Rate
-from fieldmark.model import Freeze
 from fieldmark.runtime.files import size_text
 from fieldmark.runtime.log import Bar, duration, say, warn
-from fieldmark.training.average import MovingAverage
 from fieldmark.training.capacity import peak_memory_bytes
 from fieldmark.training.checkpoint import (
     Best,
@@ -28,15 +26,20 @@ from fieldmark.training.checkpoint import (
     remove_temporary,
     save_checkpoint,
 )
-from fieldmark.training.device import autocast, make_scaler
-from fieldmark.training.loop import Step, UpdateRule, train_steps
-from fieldmark.training.losses import make_loss
-from fieldmark.training.optim import make_optimizer
+from fieldmark.training.diagnosis import diagnose, layer_signal
+from fieldmark.training.journal import Journal
+from fieldmark.training.loop import UpdateRule, train_steps
+from fieldmark.training.plan import Plan
 from fieldmark.training.run_folder import RunFolder
-from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
-from fieldmark.training.signals import stop_requests
+from fieldmark.training.schedule import lr_factor
+from fieldmark.training.signals import StopRequest, stop_requests
+from fieldmark.training.state import TrainState
+from fieldmark.training.watch import Fault
 
-FLUSH_STEPS = 20  # losses are read, checked and written this often: each reading waits for the GPU
+FORECAST_STEPS = 5  # after which the time to the end is told
+_ROLLBACK = "rollback "  # kind of the decision to go back, before its number
+
+Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Protocol):
@@ -46,7 +49,7 @@ class Batches(Protocol):
     def steps_per_epoch(self) -> int:
         """Updates in one pass over the data."""
 
-    def batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield (images, targets) without end, from the update after `start_step`."""
 
 
@@ -74,189 +77,220 @@ class TrainResult:
     train_s: float  # of this process; a resumed run counts its own part
     images_per_s: float
     peak_memory_bytes: int  # of the GPU, or resident on a CPU, of this process so far
+    rollbacks: int
+
+
+class _GoBack(Exception):
+    """The run cannot go on from where it is."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.sentence())
+        self.fault = fault
 
 
 class Session:
-    """Owns network, optimizer, moving average and their checkpoints while a run trains."""
+    """Drives the update, and keeps what it moves in checkpoints, while a run trains."""
 
     def __init__(
         self,
         run: RunFolder,
-        network: nn.Module,
+        rule: UpdateRule,
+        state: TrainState,
         data: Batches,
         validate: Validate | None,
         *,
+        plan: Plan,
         train: TrainConfig,
         optim: OptimConfig,
         schedule: ScheduleConfig,
-        loss: LossConfig,
-        class_counts: Sequence[int],
-        freeze: Freeze,
-        device: torch.device,
     ) -> None:
-        if train.channels_last:
-            network = network.to(memory_format=torch.channels_last)
-        self.run, self.network, self.data, self.validate = run, network.to(device), data, validate
-        self.train, self.device = train, device
-        self.total = run.decide(
-            "total_steps", total_steps(train, data.steps_per_epoch), "from train and the data"
-        )
-        warmup = warmup_steps(
+        self.run, self.state, self.data, self.validate = run, state, data, validate
+        self.train, self.lr, self.plan = train, optim.lr, plan
+        self._schedule = partial(
+            lr_factor,
             schedule,
-            total=self.total,
-            steps_per_epoch=data.steps_per_epoch,
-            batch_size=train.examples_per_update,
+            total=plan.total,
+            warmup=plan.warmup,
+            steps_per_epoch=plan.steps_per_epoch,
         )
-        self.rule = UpdateRule(
-            network=self.network,
-            forward=torch.compile(self.network) if train.compile else self.network,
-            loss_fn=make_loss(loss, class_counts=class_counts),
-            optimizer=make_optimizer(self.network, optim),
-            scaler=make_scaler(train, device),
-            lr_factor=partial(
-                lr_factor,
-                schedule,
-                total=self.total,
-                warmup=warmup,
-                steps_per_epoch=data.steps_per_epoch,
-            ),
-            autocast=partial(autocast, train, device),
-            batch_size=train.examples_per_update,
-            accumulation_steps=train.accumulation_steps,
-            max_grad_norm=optim.max_grad_norm,
-            freeze=freeze,
-            seed=train.seed,
-        )
-        self.lr = optim.lr
-        self.ema: MovingAverage | None = None
-        if train.ema_decay:
-            self.ema = MovingAverage(
-                self.network, train.ema_decay, warmup=train.ema_warmup, every=train.ema_steps
-            )
-        self.best: Best | None = None
-        self.start = self._restore()
-        self.done = self.start
-        self._pending: list[Step] = []
-        self._note = ""  # what the progress bar shows of the last update that was read
-        self._saved_at = self.start
+        self.rule = replace(rule, lr_factor=self.lr_factor)
         self.on_validation: OnValidation | None = None
+        self._rollbacks = list(run.decisions(_ROLLBACK).values())
+        self._journal = Journal(
+            run,
+            steps_per_epoch=plan.steps_per_epoch,
+            lr=optim.lr,
+            is_scaled=rule.scaler.is_enabled(),
+            bad_updates=train.bad_updates,
+            spike_factor=train.spike_factor,
+        )
+        # Until there is a checkpoint, going back means going back to this.
+        self._beginning: dict[str, Any] | None = state.copied()
+        self.best: Best | None = None
+        self.done = self._saved_at = 0
+        remove_temporary(run.checkpoints)
+        self.start = self._load_newest()
+        if self.start:
+            say(f"resuming after update {self.start} of {plan.total}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.state.network.parameters()).device
+
+    def lr_factor(self, step: int) -> float:
+        """Return the rate of update `step` (0 for the first) as a multiple of optim.lr.
+
+        The schedule's, times the factor of each rollback to an update at or before `step`.
+        """
+        factor: float = self._schedule(step)
+        for rollback in self._rollbacks:
+            if step >= rollback["to"]:
+                factor *= rollback["lr_factor"]
+        return factor
 
     def fit(self) -> TrainResult:
         """Train to the end, or until asked to stop; leave the chosen weights in the network.
 
         Raises:
             Interrupted, Preempted: a signal came; a checkpoint was written.
-            NonFiniteLoss: the loss or a gradient is not a number; the last checkpoint is sound.
+            NonFiniteLoss: training went wrong again after each rollback; says why.
             Pruned: `on_validation` gave the run up.
         """
         started = time.monotonic()
-        per_epoch = self.data.steps_per_epoch
-        bar = Bar("training", self.total * self.train.examples_per_update, "images")
-        bar.start(self.start * self.train.examples_per_update)
-        batches = self.data.batches(self.start)
-        stopped_early = self._should_stop_early(self.start, per_epoch)
-        last = self.start if stopped_early else self.total
+        size = self.train.examples_per_update
+        bar = Bar("training", self.plan.total * size, "images")
+        bar.start(self.start * size)
         try:
             with stop_requests() as asked:
-                for step in train_steps(
-                    self.rule, batches, start_step=self.start, total_steps=last
-                ):
-                    self.done = step.index
-                    if self.ema is not None:
-                        self.ema.update(step.index)
-                    self._pending.append(step)
-                    if len(self._pending) >= FLUSH_STEPS:
-                        self._flush()
-                    bar.advance(self.train.examples_per_update, self._note)
-                    improved = self._validate_if_due(step.index, per_epoch)
-                    stopped_early = self._should_stop_early(step.index, per_epoch)
-                    is_last = stopped_early or step.index == self.total
-                    wants_stop = asked.is_set() and not is_last
-                    if improved or wants_stop or self._checkpoint_is_due(step.index, per_epoch):
-                        self._save()
-                    if wants_stop:
-                        raise asked.error(self._resume_sentence())
-                    if stopped_early:
-                        break
+                stopped_early = self._fit_with_rollbacks(bar, asked)
         finally:
             bar.stop()
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
         if self._saved_at < self.done:
             self._save()
         seconds = time.monotonic() - started
-        trained = (self.done - self.start) * self.train.examples_per_update
+        trained = max(0, self.done - self.start) * size
         if stopped_early:
             say(
                 f"stopped early after update {self.done}: {self.train.early_stop_epochs} epochs "
                 "without a better validation accuracy"
             )
-        chosen = self._choose_weights()
         return TrainResult(
-            network=chosen,
+            network=self._choose_weights(),
             step=self.done,
             best=self.best,
             train_s=seconds,
             images_per_s=trained / seconds if trained else 0.0,
             peak_memory_bytes=peak_memory_bytes(self.device),
+            rollbacks=len(self._rollbacks),
         )
 
-    def _flush(self) -> None:
-        """Read the pending steps' tensors, check them, and write their lines."""
-        if not self._pending:
-            return
-        values = torch.stack(
-            [torch.stack([step.loss, step.grad_norm.float()]) for step in self._pending]
-        ).tolist()
-        per_epoch = self.data.steps_per_epoch
-        lines = []
-        for step, (loss, norm) in zip(self._pending, values, strict=True):
-            lines.append(
-                {
-                    "kind": "train",
-                    "step": step.index,
-                    "epoch": (step.index - 1) / per_epoch,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "lr": self.lr * step.lr_factor,
-                }
-            )
-        bad = [line["step"] for line in lines if not _is_finite(line, scaled=self._scales())]
-        if bad:
-            raise NonFiniteLoss(
-                f"loss and gradients must be finite. Got NaN or infinity from update {bad[0]} on. "
-                "Lower optim.lr, set optim.max_grad_norm=1, or check the input; the checkpoint "
-                f"after update {self._saved_at} is sound."
-            )
-        self.run.append_metrics(lines)
-        self._note = f"loss {lines[-1]['loss']:.3f}  lr {lines[-1]['lr']:.3g}"
-        self._pending.clear()
+    def _fit_with_rollbacks(self, bar: Bar, asked: StopRequest) -> bool:
+        while True:
+            try:
+                return self._fit_from(self.done, bar, asked)
+            except _GoBack as reason:
+                self._roll_back(reason.fault)
+                bar.start(self.done * self.train.examples_per_update)
 
-    def _scales(self) -> bool:
-        return self.rule.scaler.is_enabled()
+    def _fit_from(self, start: int, bar: Bar, asked: StopRequest) -> bool:
+        """Train from update `start` on; return whether the run stopped early."""
+        stopped_early = self._should_stop_early(start)
+        last = start if stopped_early else self.plan.total
+        began = time.monotonic()
+        with closing_if_it_can(self.data.batches(start)) as batches:
+            for step in train_steps(self.rule, batches, start_step=start, total_steps=last):
+                self.done = step.index
+                self.state.after_update(step.index, step.is_finite)
+                _check(self._journal.add(step))
+                bar.advance(self.train.examples_per_update, self._journal.note)
+                if step.index == start + FORECAST_STEPS:
+                    self._forecast(time.monotonic() - began)
+                improved = self._validate_if_due(step.index)
+                stopped_early = self._should_stop_early(step.index)
+                is_last = stopped_early or step.index == last
+                wants_stop = self.rule.ranks.any_of(asked.is_set()) and not is_last
+                if improved or wants_stop or self._checkpoint_is_due(step.index):
+                    self._save_if_calm()
+                if wants_stop:
+                    raise asked.error(self._resume_sentence())
+                if stopped_early:
+                    break
+            _check(self._journal.flush())
+        return stopped_early
 
-    def _validate_if_due(self, step: int, per_epoch: int) -> bool:
+    def _forecast(self, seconds: float) -> None:
+        """Tell how long the rest will take, as the first updates suggest."""
+        left_s = seconds / FORECAST_STEPS * (self.plan.total - self.done)
+        at = time.strftime("%H:%M", time.localtime(time.time() + left_s))
+        say(
+            f"about {duration(left_s)} to the last of {self.plan.total} updates, at {at}, "
+            "as the first ones suggest"
+        )
+
+    def _roll_back(self, fault: Fault) -> None:
+        """Go back to the last good state with a lower rate, or give up with a diagnosis."""
+        if fault.kind == "input" or len(self._rollbacks) >= self.train.max_rollbacks:
+            self._give_up(fault)
+        found_at = self.done
+        self._load_newest()
+        number = len(self._rollbacks) + 1
+        decision = {
+            "from": found_at,
+            "to": self.done,
+            "lr_factor": self.train.rollback_lr_factor,
+        }
+        self.run.decide(f"{_ROLLBACK}{number}", decision, fault.sentence())
+        self._rollbacks.append(decision)
+        rate = self.lr * self.lr_factor(self.done)
+        warn(
+            f"{fault.sentence()}: back to update {self.done} with {decision['lr_factor']:g} times "
+            f"the rate, {rate:.3g} (rollback {number} of at most {self.train.max_rollbacks})"
+        )
+
+    def _give_up(self, fault: Fault) -> NoReturn:
+        """Measure what may be wrong, in the bad state and in the last good one, and end the run."""
+        lines, found_at = list(self._journal.lines), self.done
+        with closing_if_it_can(self.data.batches(fault.step - 1)) as batches:
+            images, _ = next(batches)
+            at_fault = layer_signal(self.state.network, images)
+        self._load_newest()
+        with closing_if_it_can(self.data.batches(fault.step - 1)) as batches:
+            found = diagnose(
+                self.rule,
+                fault=fault,
+                lines=lines,
+                batches=batches,
+                at_fault=at_fault,
+                lr=self.lr * self.lr_factor(fault.step - 1),
+                rollbacks=len(self._rollbacks),
+            )
+        path = self.run.write_diagnosis(found.to_json() | {"update": found_at})
+        raise NonFiniteLoss(
+            f"{found.sentence()} The state after update {self._saved_at} is sound; all "
+            f"measurements are in {path}."
+        )
+
+    def _validate_if_due(self, step: int) -> bool:
         """Evaluate at the end of every `eval_epochs`-th epoch and at the end; say if it is best."""
-        due = step % (self.train.eval_epochs * per_epoch) == 0 or step == self.total
+        per_epoch = self.plan.steps_per_epoch
+        due = step % (self.train.eval_epochs * per_epoch) == 0 or step == self.plan.total
         if self.validate is None or not due:
             return False
-        self._flush()
-        rate, loss = self.validate(self._averaged())
+        _check(self._journal.flush())
+        rate, loss = self.validate(self.state.averaged())
         accuracy = rate.value
         better = self.best is None or (accuracy, -loss) > (self.best.top1_accuracy, -self.best.loss)
         if better:
             self.best = Best(step, accuracy, loss)
-        self.run.append_metrics(
-            [
-                {
-                    "kind": "val",
-                    "step": step,
-                    "epoch": step / per_epoch,
-                    "loss": loss,
-                    "top1_accuracy": rate.to_json(),
-                }
-            ]
+        self._journal.validated(
+            {
+                "kind": "val",
+                "step": step,
+                "epoch": step / per_epoch,
+                "loss": loss,
+                "top1_accuracy": rate.to_json(),
+            }
         )
         star = "  (best so far)" if better else ""
         interval = f"{rate.low:.1%} to {rate.high:.1%}"
@@ -268,56 +302,57 @@ class Session:
             self.on_validation(step, accuracy, loss)
         return better
 
-    def _checkpoint_is_due(self, step: int, per_epoch: int) -> bool:
+    def _checkpoint_is_due(self, step: int) -> bool:
         every = self.train.checkpoint_steps or max(
-            1, round(self.train.checkpoint_epochs * per_epoch)
+            1, round(self.train.checkpoint_epochs * self.plan.steps_per_epoch)
         )
-        return step % every == 0 or step == self.total
+        return step % every == 0 or step == self.plan.total
 
-    def _should_stop_early(self, step: int, per_epoch: int) -> bool:
-        patience = self.train.early_stop_epochs * per_epoch
+    def _should_stop_early(self, step: int) -> bool:
+        patience = self.train.early_stop_epochs * self.plan.steps_per_epoch
         return bool(patience and self.best is not None and step - self.best.step >= patience)
 
+    def _save_if_calm(self) -> None:
+        """Save, unless the last updates went wrong: their state may be one to go back from."""
+        _check(self._journal.flush())
+        if self._journal.is_calm or self.done == self.plan.total:
+            self._save()
+
     def _save(self) -> None:
-        self._flush()  # metrics first: a checkpoint promises that all lines up to it are on disk
-        state = {
-            "network": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.rule.optimizer.state_dict(),
-            "scaler": self.rule.scaler.state_dict(),
-        }
-        save_checkpoint(self.run.checkpoints, self.done, state, self.best)
+        """Write a checkpoint, which promises that all lines up to it are on disk already."""
+        if self.run.writes:
+            save_checkpoint(self.run.checkpoints, self.done, self.state.state_dict(), self.best)
+            prune(self.run.checkpoints, self.train.keep_checkpoints)
         self._saved_at = self.done
-        prune(self.run.checkpoints, self.train.keep_checkpoints)
+        self._beginning = None
 
-    def _restore(self) -> int:
-        """Load the newest sound checkpoint, if there is one; return its update."""
-        remove_temporary(self.run.checkpoints)
-        found = load_newest(self.run.checkpoints)
-        if found is None:
-            self.run.rewind_metrics(0)
-            return 0
-        header, state = found
-        with must_fit(header.step):
-            self.network.load_state_dict(state["network"])
-            self.rule.optimizer.load_state_dict(state["optimizer"])
-            self.rule.scaler.load_state_dict(state["scaler"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-        self.best = header.best
-        self.run.rewind_metrics(header.step)
-        say(f"resuming after update {header.step} of {self.total}")
-        return header.step
-
-    def _averaged(self) -> nn.Module:
-        """The network to evaluate, in eval mode: the moving average where there is one."""
-        network = self.network if self.ema is None else self.ema.module
-        return network.eval()
+    def _load_newest(self) -> int:
+        """Take the state of the newest sound checkpoint, or of the beginning; return its update."""
+        found = self.rule.ranks.share(
+            load_newest(self.run.checkpoints) if self.run.writes else None
+        )
+        if found is not None:
+            header, state = found
+            with must_fit(header.step):
+                self.state.load(state)
+            self.best, step = header.best, header.step
+            self._beginning = None
+        elif self._beginning is not None:
+            self.state.load(self._beginning)
+            self.best, step = None, 0
+        else:
+            raise CheckpointError(
+                f"{self.run.checkpoints} must hold a sound checkpoint to go back to. Found none. "
+                "Start the run anew."
+            )
+        self._journal.rewind(step)
+        self.done = self._saved_at = step
+        return step
 
     def _choose_weights(self) -> nn.Module:
         """The weights that validation chose, or the last ones."""
-        network = self._averaged()
-        if self.best is None or self.best.step == self.done:
+        network = self.state.averaged()
+        if self.best is None or self.best.step == self.done or not self.run.writes:
             return network
         path = checkpoint_path(self.run.checkpoints, self.best.step)
         try:
@@ -326,30 +361,34 @@ class Session:
             warn(f"the best checkpoint cannot be used, so the last weights are: {error}")
             self.best = None
             return network
-        chosen = copy.deepcopy(network)
-        chosen.load_state_dict(state["network"] if self.ema is None else state["ema"])
-        return chosen.eval()
+        return self.state.load_averaged(state)
 
     def _resume_sentence(self) -> str:
+        saved = "" if self._saved_at == self.done else f" of update {self._saved_at}"
         return (
-            f"stopped after update {self.done} of {self.total}; its checkpoint is saved. "
-            f"Resume with: fieldmark train --resume --out {self.run.path}"
+            f"stopped after update {self.done} of {self.plan.total}; its checkpoint{saved} is "
+            f"saved. Resume with: fieldmark train --resume --out {self.run.path}"
         )
 
 
-def _is_finite(line: dict[str, Any], *, scaled: bool) -> bool:
-    """Whether an update's numbers are finite; with a scaler, a skipped update's norm may not be."""
-    norm_is_finite = scaled or abs(line["grad_norm"]) != float("inf")
-    return (
-        line["loss"] == line["loss"]
-        and abs(line["loss"]) != float("inf")
-        and norm_is_finite
-        and (scaled or line["grad_norm"] == line["grad_norm"])
-    )
+def _check(fault: Fault | None) -> None:
+    if fault is not None:
+        raise _GoBack(fault)
+
+
+@contextmanager
+def closing_if_it_can(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """End the batches' worker processes with the block."""
+    try:
+        yield batches
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
 
 
 def summary_sentence(result: TrainResult) -> str:
-    """Return one line on how long training took."""
+    """Return one line on how long training took and what it needed."""
     return (
         f"trained to update {result.step}, here in {duration(result.train_s)} "
         f"({result.images_per_s:.0f} images/s, {size_text(result.peak_memory_bytes)} of memory)"

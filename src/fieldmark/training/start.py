@@ -18,12 +18,15 @@ from fieldmark.errors import ConfigError, DataError, ModelError
 from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
+from fieldmark.training.assemble import make_rule, make_state, measure_timing
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
 from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
 from fieldmark.training.device import autocast, pick_device, prepare
 from fieldmark.training.features import frozen_digest, linear_head
+from fieldmark.training.loop import UpdateRule
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
+from fieldmark.training.plan import make_plan
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
@@ -35,7 +38,7 @@ from fieldmark.training.prepare import (
 )
 from fieldmark.training.probe import ReadyProbe
 from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
-from fieldmark.training.session import Session, TrainResult, Validate
+from fieldmark.training.session import Batches, Session, TrainResult, Validate
 
 MakeValidation = Callable[..., Validate | None]
 
@@ -109,16 +112,6 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     ).tolist()
     make_update = partial(_rehearsal, config, images, network.to(device), class_counts, device)
     train = _settle_memory(run, config, images, splits, network, make_update, device)
-    batches = make_batches(
-        images,
-        decide=run.decide,
-        data=data,
-        augment=images.augment,
-        train=train,
-        num_classes=len(splits.class_names),
-        device=device,
-        image_px=partial(_image_px, run, images) if images.augment.sizes else None,
-    )
     validate = make_validation(
         splits.val,
         images.preprocess,
@@ -126,20 +119,91 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         max_bytes=data.max_resident_mb * 2**20,
         device=device,
     )
-    session = Session(
-        run,
-        network,
-        batches,
-        validate,
-        train=train,
-        optim=config.optim,
-        schedule=config.schedule,
-        loss=config.loss,
-        class_counts=class_counts,
-        freeze=config.model.freeze,
-        device=device,
-    )
+    parts = _Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
+    session = parts.session(network, validate, device)
     return Ready(session, splits, images, architecture, pretrained, make_update)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a session is put together from."""
+
+    run: RunFolder
+    config: RunConfig  # with the size of an update as a number
+    images: TrainImages
+    splits: Splits
+    class_counts: Sequence[int]
+
+    def session(
+        self, network: nn.Module, validate: Validate | None, device: torch.device
+    ) -> Session:
+        """Decide the length of the run and return it in front of its next update."""
+        config, train = self.config, self.config.train
+        default_px = min(self.images.preprocess.height_px, self.images.preprocess.width_px)
+        sizes = self.images.augment.sizes or ((0.0, default_px),)
+        steps_per_epoch = self._batches(device).steps_per_epoch
+        make = partial(self._rule, steps_per_epoch=steps_per_epoch, device=device)
+        plan = make_plan(
+            train,
+            config.schedule,
+            steps_per_epoch=steps_per_epoch,
+            sizes=sizes,
+            decide_once=self.run.decide_once,
+            measure=lambda: measure_timing(
+                make,
+                network,
+                lambda px: self._batches(device, lambda _: px),
+                [px for _, px in sizes],
+                validate,
+            ),
+        )
+        image_px = None
+        if self.images.augment.sizes:
+            image_px = partial(image_px_at, sizes, total_steps=plan.total, default_px=default_px)
+        rule = make(network)
+        return Session(
+            self.run,
+            rule,
+            make_state(rule, train=train, optim=config.optim, total_steps=plan.total),
+            self._batches(device, image_px),
+            validate,
+            plan=plan,
+            train=train,
+            optim=config.optim,
+            schedule=config.schedule,
+        )
+
+    def _rule(
+        self, network: nn.Module, *, steps_per_epoch: int, device: torch.device
+    ) -> UpdateRule:
+        config = self.config
+        return make_rule(
+            network,
+            train=config.train,
+            optim=config.optim,
+            loss=config.loss,
+            freeze=config.model.freeze,
+            steps_per_epoch=steps_per_epoch,
+            class_counts=self.class_counts,
+            device=device,
+            ranks=self.run.ranks,
+        )
+
+    def _batches(
+        self, device: torch.device, image_px: Callable[[int], int] | None = None
+    ) -> Batches:
+        return make_batches(
+            self.images,
+            decide=self.run.decide,
+            data=self.config.data,
+            augment=self.images.augment,
+            train=self.config.train,
+            num_classes=len(self.splits.class_names),
+            device=device,
+            image_px=image_px,
+            rank=self.run.ranks.rank,
+            num_ranks=self.run.ranks.world,
+        )
 
 
 def _rehearsal(
@@ -192,12 +256,6 @@ def _settle_memory(
         validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
     check_memory(train, update, validation, eval_batch_size=config.eval.batch_size, device=device)
     return train
-
-
-def _image_px(run: RunFolder, images: TrainImages, step: int) -> int:
-    """Return the side of the images of update `step` (from 0); the run's length is decided."""
-    total = run.decisions("total_steps")[""]
-    return image_px_at(images.augment.sizes, step, total, images.preprocess.height_px)
 
 
 def start_probe(run: RunFolder, config: RunConfig) -> ReadyProbe:

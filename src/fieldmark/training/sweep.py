@@ -214,7 +214,7 @@ class _Sweep:
             epoch = -(-step // session.data.steps_per_epoch)
             if epoch not in reported:
                 trial.report(accuracy if self.plan.larger_is_better else loss, epoch)
-            if self.plan.prunes and step < session.total and trial.should_prune():
+            if self.plan.prunes and step < session.plan.total and trial.should_prune():
                 raise Pruned(f"worse at epoch {epoch} than the median of the trials before")
 
         return on_validation

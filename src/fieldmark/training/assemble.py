@@ -1,0 +1,128 @@
+"""The parts of a run put together: the update rule, what it moves, and how long it takes."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from fieldmark.config import LossConfig, OptimConfig, TrainConfig
+from fieldmark.errors import ConfigError
+from fieldmark.model import Freeze
+from fieldmark.training.average import MovingAverage
+from fieldmark.training.device import autocast, make_scaler
+from fieldmark.training.lookahead import Lookahead
+from fieldmark.training.loop import UpdateRule, train_steps
+from fieldmark.training.losses import make_loss
+from fieldmark.training.optim import make_optimizer
+from fieldmark.training.plan import Timing
+from fieldmark.training.ranks import Ranks
+from fieldmark.training.session import Batches, Validate, closing_if_it_can
+from fieldmark.training.state import TrainState
+
+
+def make_rule(
+    network: nn.Module,
+    *,
+    train: TrainConfig,
+    optim: OptimConfig,
+    loss: LossConfig,
+    freeze: Freeze,
+    steps_per_epoch: int,
+    class_counts: Sequence[int],
+    device: torch.device,
+    ranks: Ranks,
+) -> UpdateRule:
+    """Return the update of a run; its network lies on the device in the wanted memory format.
+
+    Raises:
+        ConfigError: settings that this network does not have.
+    """
+    if train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = network.to(device)
+    forward = torch.compile(network) if train.compile else network
+    return UpdateRule(
+        network=network,
+        forward=ranks.wrap(forward, network),
+        loss_fn=make_loss(loss, class_counts=class_counts),
+        optimizer=make_optimizer(network, optim),
+        scaler=make_scaler(train, device),
+        lr_factor=lambda _: 1.0,  # the session's, which knows the schedule and the rollbacks
+        autocast=partial(autocast, train, device),
+        batch_size=train.examples_per_update,
+        accumulation_steps=train.accumulation_steps,
+        max_grad_norm=optim.max_grad_norm,
+        freeze=freeze,
+        seed=train.seed,
+        sums_examples=loss.reduction == "sum",
+        stem=_stem(network) if optim.stem_epochs else (),
+        stem_steps=round(optim.stem_epochs * steps_per_epoch),
+        ranks=ranks,
+    )
+
+
+def make_state(
+    rule: UpdateRule, *, train: TrainConfig, optim: OptimConfig, total_steps: int
+) -> TrainState:
+    """Return what a run moves: the rule's network and optimizer, with the averages asked for."""
+    average = lookahead = None
+    if train.ema_decay:
+        average = MovingAverage(
+            rule.network, train.ema_decay, warmup=train.ema_warmup, every=train.ema_steps
+        )
+    if optim.lookahead_steps:
+        lookahead = Lookahead(
+            rule.network,
+            decay=optim.lookahead_decay,
+            every=optim.lookahead_steps,
+            total_steps=total_steps,
+        )
+    return TrainState(
+        rule.network, rule.optimizer, rule.scaler, average=average, lookahead=lookahead
+    )
+
+
+def measure_timing(
+    make_rule: Callable[[nn.Module], UpdateRule],
+    network: nn.Module,
+    batches_at: Callable[[int], Batches],
+    sizes: Sequence[int],
+    validate: Validate | None,
+) -> Timing:
+    """Time one update at each image size, after one that is not counted, and one validation.
+
+    Everything happens on a copy of the network.
+    """
+    spare = copy.deepcopy(network)
+    rule = replace(make_rule(spare), lr_factor=lambda _: 0.0)  # the copy must not diverge
+    update_s = {}
+    for px in dict.fromkeys(sizes):
+        with closing_if_it_can(batches_at(px).batches(0)) as batches:
+            steps = train_steps(rule, batches, start_step=0, total_steps=2)
+            float(next(steps).loss)
+            began = time.monotonic()
+            float(next(steps).loss)
+            update_s[px] = time.monotonic() - began
+    began = time.monotonic()
+    if validate is not None:
+        validate(spare.eval())
+    return Timing(update_s, time.monotonic() - began if validate is not None else 0.0)
+
+
+def _stem(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the network's stem that learn.
+
+    Raises:
+        ConfigError: the network does not say which they are.
+    """
+    stem_parameters = getattr(network, "stem_parameters", None)
+    if stem_parameters is None:
+        raise ConfigError(
+            "optim.stem_epochs needs a network that names its stem, as airnet does. "
+            f"Got {type(network).__name__}. Set optim.stem_epochs=0."
+        )
+    return list(stem_parameters())

@@ -1,0 +1,62 @@
+"""An update with a non-finite loss or gradient changes nothing."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Guard:
+    """Takes an update back when its loss or gradient is not finite.
+
+    On a CPU the flag is read and the optimizer is not called. On a GPU reading it would wait for
+    the device, so that the update is made and then undone there, element by element, where the
+    flag is false; weights, optimizer state and norm statistics are copied for that. What an
+    optimizer counts on the host (the step number of an Adam that is not fused) is not undone.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._statistics = list(norm_statistics(network))
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def before_forward(self) -> None:
+        """Keep the norm statistics, which the forward pass changes."""
+        self._before = [buffer.clone() for buffer in self._statistics]
+
+    @torch.no_grad()
+    def step(self, scaler: torch.amp.GradScaler, is_finite: Tensor) -> None:
+        """Make the optimizer's step if `is_finite`, a bool scalar on the device; else undo all."""
+        if is_finite.device.type == "cpu":
+            if is_finite:
+                scaler.step(self._optimizer)
+            else:
+                for buffer, before in zip(self._statistics, self._before, strict=True):
+                    buffer.copy_(before)
+            return
+        kept = [(tensor, tensor.clone()) for tensor in self._moving()]
+        known = {id(tensor) for tensor, _ in kept}
+        scaler.step(self._optimizer)
+        # State that this very step made is emptied rather than restored.
+        kept += [(t, torch.zeros_like(t)) for t in self._moving() if id(t) not in known]
+        kept += zip(self._statistics, self._before, strict=True)
+        for tensor, before in kept:
+            tensor.copy_(torch.where(is_finite, tensor, before))
+
+    def _moving(self) -> Iterator[Tensor]:
+        """Weights, and the optimizer's tensors on their device."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter
+                for value in self._optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.device == parameter.device:
+                        yield value
+
+
+def norm_statistics(network: nn.Module) -> Iterator[Tensor]:
+    """Yield the running statistics of the network's batch norms."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            yield from module.buffers(recurse=False)

@@ -1,0 +1,104 @@
+"""How long a run is, decided once: from epochs, steps or examples, or fitted to a time."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fieldmark.config import ScheduleConfig, TrainConfig
+from fieldmark.errors import ConfigError
+from fieldmark.runtime.log import say
+from fieldmark.training.schedule import total_steps, warmup_steps
+
+_RESERVE_FRAC = 0.02  # of a time budget, for what the measurement did not see
+
+Sizes = Sequence[tuple[float, int]]
+"""(fraction of the run from which it holds, image side in px), rising from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The length of a run, in updates."""
+
+    total: int
+    warmup: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one update and one validation take on this machine."""
+
+    update_s: Mapping[int, float]  # by image side in px
+    validation_s: float
+
+
+DecideOnce = Callable[[str, Callable[[], tuple[int, str]]], int]
+"""kind, what finds (value, why) -> the value found the first time."""
+
+
+def make_plan(
+    train: TrainConfig,
+    schedule: ScheduleConfig,
+    *,
+    steps_per_epoch: int,
+    sizes: Sizes,
+    decide_once: DecideOnce,
+    measure: Callable[[], Timing],
+) -> Plan:
+    """Return the plan of a run; a time budget is fitted the first time and kept.
+
+    Args:
+        sizes: of the training images, at least one.
+        measure: times updates on this machine; called for train.max_minutes alone.
+
+    Raises:
+        ConfigError: less than one update, or a warm-up as long as the run.
+    """
+
+    def find() -> tuple[int, str]:
+        if not train.max_minutes:
+            return total_steps(train, steps_per_epoch), "from train and the data"
+        timing = measure()
+        eval_steps = train.eval_epochs * steps_per_epoch
+        total = fit_total(timing, train.max_minutes * 60, sizes, eval_steps)
+        why = _fitted_sentence(timing, train.max_minutes)
+        say(f"{total} updates, {total / steps_per_epoch:.3g} epochs, {why}")
+        return total, why
+
+    total = decide_once("total_steps", find)
+    warmup = warmup_steps(
+        schedule,
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=train.examples_per_update,
+    )
+    return Plan(total, warmup, steps_per_epoch)
+
+
+def fit_total(timing: Timing, budget_s: float, sizes: Sizes, eval_steps: int) -> int:
+    """Return the most updates that, with their validations, fit in `budget_s` seconds.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    update_s = mean_over_sizes(sizes, timing.update_s)
+    left_s = budget_s * (1 - _RESERVE_FRAC)
+    per_update_s = update_s + timing.validation_s / eval_steps
+    total = math.floor((left_s - timing.validation_s) / per_update_s)
+    if total < 1:
+        raise ConfigError(
+            f"train.max_minutes must hold at least one update and one validation, which take "
+            f"{update_s + timing.validation_s:.3g} s here. Got {budget_s / 60:g}. Raise it."
+        )
+    return total
+
+
+def mean_over_sizes(sizes: Sizes, cost: Mapping[int, float]) -> float:
+    """Return the mean cost of an update, each image size weighing by its share of the run."""
+    ends = [*(start for start, _ in sizes[1:]), 1.0]
+    return sum((end - start) * cost[px] for (start, px), end in zip(sizes, ends, strict=True))
+
+
+def _fitted_sentence(timing: Timing, minutes: float) -> str:
+    listed = ", ".join(f"{s:.3g} s at {px} px" for px, s in timing.update_s.items())
+    return f"to fit {minutes:g} min: an update takes {listed}"

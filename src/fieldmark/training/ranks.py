@@ -1,0 +1,96 @@
+"""The processes that train one network together."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """What an update needs to know of the other processes."""
+
+    rank: int
+    world: int
+
+    def wrap(self, forward: Any, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return `forward` (the network, or its compiled form) as the ranks run it together."""
+
+    def seed_parts(self) -> tuple[int, ...]:
+        """Return what tells this rank's random numbers from those of others."""
+
+    def accumulating(
+        self, forward: Callable[[Tensor], Tensor], *, is_last: bool
+    ) -> AbstractContextManager[object]:
+        """Return the context of one backward pass; the last of an update exchanges gradients."""
+
+    def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        """Take part in the exchange with no examples."""
+
+    def combine_statistics(self, network: nn.Module, accumulation_steps: int) -> None:
+        """Give every rank the norm statistics of all."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks."""
+
+    def all_true(self, value: Tensor) -> Tensor:
+        """Return whether a flag is true on every rank."""
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether a flag of the host is true on any rank."""
+
+    def share(self, value: T) -> T:
+        """Return what rank 0 has; what others have is dropped."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return what each rank has, in order."""
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    world = 1
+
+    def wrap(self, forward: Any, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return `forward` itself."""
+        return forward
+
+    def seed_parts(self) -> tuple[int, ...]:
+        """Return nothing: there is no other."""
+        return ()
+
+    def accumulating(
+        self, forward: Callable[[Tensor], Tensor], *, is_last: bool
+    ) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+    def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        """Do nothing."""
+
+    def combine_statistics(self, network: nn.Module, accumulation_steps: int) -> None:
+        """Do nothing."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the value."""
+        return value
+
+    def all_true(self, value: Tensor) -> Tensor:
+        """Return the flag."""
+        return value
+
+    def any_of(self, flag: bool) -> bool:
+        """Return the flag."""
+        return flag
+
+    def share(self, value: T) -> T:
+        """Return the value."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value alone."""
+        return [value]
