@@ -1,6 +1,7 @@
 """The command line: verbs only. A stage is imported when its verb is used."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,17 +61,23 @@ def train(
     pie: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Class distribution of each split.")
     ] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, a GPU or cores for each.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Train a recipe into a run and its package.
 
     The run's folder ends with a package and a test result. Exit status 75: a signal stopped it, and
-    --resume goes on.
+    --resume goes on. On several machines: torchrun ... -m fieldmark train ...
 
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """
+    if devices > 1 and "WORLD_SIZE" not in os.environ:
+        raise typer.Exit(pipeline.launch(devices, sys.argv[1:]))
     result = pipeline.train(recipe, settings or [], out=out, resume=resume, pie=pie)
-    _finish(result, as_json, show.show_run)
+    if result.facts:  # other processes than the first have none
+        _finish(result, as_json, show.show_run)
 
 
 @app.command()

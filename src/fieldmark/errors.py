@@ -10,6 +10,7 @@ FieldmarkError            base; `code` for machines, `http_status` and `exit_sta
 │   ├── CheckpointError   a checkpoint that is truncated, altered, or of another run
 │   ├── DiskFull          no room for a file of the run; it can be resumed once there is
 │   ├── Interrupted       Ctrl-C ended the run, which can be resumed (exit status 130)
+│   ├── RankLost          another process of the run ended, and this one cannot go on alone
 │   └── Preempted         another signal did, as of a cluster (exit status 75: resume me)
 ├── OutOfMemory           an update that does not fit in memory; names the batch that does
 ├── NonFiniteLoss         training produced NaN or infinity; names the steps
@@ -78,6 +79,13 @@ class CheckpointError(RunError):
     """A checkpoint that is truncated, altered, or belongs to another run."""
 
     code = "bad_checkpoint"
+
+
+class RankLost(RunError):
+    """Another process of the run ended: killed, or with an error that it told itself."""
+
+    code = "rank_lost"
+    exit_status = 1
 
 
 class DiskFull(RunError):

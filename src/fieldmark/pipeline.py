@@ -18,6 +18,7 @@ from fieldmark.runtime.log import say
 if TYPE_CHECKING:
     from fieldmark.measure import Predict
     from fieldmark.serving.files import FileResult
+    from fieldmark.training.run_folder import RunFolder
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript"]
@@ -56,28 +57,49 @@ def train(
         pie: a PNG of the class distribution of each split.
     """
     require("torch", "train", "training")
+    from fieldmark.training.processes import joined
+    from fieldmark.training.start import open_run
+
+    if pie is not None and not Path(pie).absolute().parent.is_dir():
+        raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
+    with joined() as ranks:
+        run = open_run(recipe, settings, None if out is None else Path(out), resume, ranks)
+        result = _train(run, resume)
+    if run.writes:
+        _draw_classes(result.facts, pie)
+    return result
+
+
+def launch(num_processes: int, arguments: Sequence[str]) -> int:
+    """Run `fieldmark ARGUMENTS` in processes that train together; return the exit status.
+
+    Args:
+        num_processes: on this machine; on CUDA each takes a GPU.
+        arguments: of `fieldmark train`, with the verb.
+    """
+    require("torch", "train", "training")
+    from fieldmark.training.launch import launch as launch_processes
+
+    return launch_processes(num_processes, arguments)
+
+
+def _train(run: "RunFolder", resume: bool) -> Result:
+    """Train a run that is open to its end; ranks other than the first have no facts."""
     from fieldmark.evaluation.finish import RESULT_FILE, finish_run
     from fieldmark.evaluation.validation import make_validation
     from fieldmark.training.prepare import BROKEN
     from fieldmark.training.probe_run import train_probe
     from fieldmark.training.session import summary_sentence
     from fieldmark.training.signals import stop_requests
-    from fieldmark.training.start import open_run, start_session
+    from fieldmark.training.start import start_session
 
-    if pie is not None and not Path(pie).absolute().parent.is_dir():
-        raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
-    run = open_run(recipe, settings, None if out is None else Path(out), resume)
     with run, stop_requests(at_once=True):
-        if (run.path / RESULT_FILE).is_file():
+        if run.ranks.share((run.path / RESULT_FILE).is_file()):
             say(f"run {run.path} has ended already: nothing to resume")
-            facts = read_json(run.path / RESULT_FILE)
-            _draw_classes(facts, pie)
-            return Result(run.path, facts)
+            return Result(run.path, read_json(run.path / RESULT_FILE) if run.writes else {})
         config = run.config()
         if config.train.method == "linear-probe":
-            facts = train_probe(run, config, finish_run, resume=resume)
-            _draw_classes(facts, pie)
-            return Result(run.path, facts)
+            return Result(run.path, train_probe(run, config, finish_run, resume=resume))
         try:
             ready = start_session(run, config, make_validation)
         except (FieldmarkError, KeyboardInterrupt):
@@ -91,6 +113,8 @@ def train(
             {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
             "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
         )
+        if not run.writes:
+            return Result(run.path)
         facts = finish_run(
             run.path,
             config,
@@ -106,8 +130,14 @@ def train(
             },
             device=ready.session.device,
         )
-    _draw_classes(facts, pie)
-    return Result(run.path, facts | {"images_per_s": trained.images_per_s})
+    effort = {
+        "images_per_s": trained.images_per_s,
+        "train_s": trained.train_s,
+        "peak_memory_bytes": trained.peak_memory_bytes,
+        "rollbacks": trained.rollbacks,
+        "cost": ready.cost(trained.step),
+    }
+    return Result(run.path, facts | effort)
 
 
 def evaluate(

@@ -101,6 +101,8 @@ class OptimConfig(Section):
     filter_momentum: float = Field(default=0.6, ge=0, lt=1)  # of muon
     weight_decay: float = Field(default=0.0, ge=0)
     decay_norm_and_bias: bool = True
+    # Off: a rate that is k times lr has a decay of 1/k, so that all weights shrink alike.
+    decay_follows_lr: bool = True
     head_lr_factor: float = Field(default=1.0, gt=0)  # times lr, for a newly made head
     bias_lr_factor: float = Field(default=1.0, gt=0)  # times lr, for norms and biases
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next
@@ -173,6 +175,7 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = True
     compile: bool = False
+    sync_batch_norm: bool = False  # statistics of a batch over all devices; CUDA only
     ema_decay: float = Field(default=0.0, ge=0, lt=1)  # 0: no moving average of the weights
     ema_warmup: bool = False  # the average begins short and lengthens to ema_decay
     ema_steps: int = Field(default=1, gt=0)  # the average moves every so many updates

@@ -74,13 +74,15 @@ def from_json(content: Mapping[str, Any]) -> RunConfig:
 
 def _merged(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
     merged = config.model_dump()
+    whole = {(section, keys[0]) for section, keys, _ in changes if len(keys) == 1}
     for section, keys, value in changes:
         kind = _check_section(section)
         _check_key(section, keys[0])
         for name, nothing in kind.clears(keys[0]).items():
-            given = any((section, name) == (other, path[0]) for other, path, _ in changes)
-            if not given and merged[section][keys[0]] != value:
+            # A part of a table is set in an empty one: the rest was of what is replaced here.
+            if (section, name) not in whole and merged[section][keys[0]] != value:
                 merged[section][name] = nothing
+    for section, keys, value in changes:
         target = merged[section]
         for key in keys[:-1]:  # model.args.widths=[...] reaches into a table
             if not isinstance(target.get(key), dict):

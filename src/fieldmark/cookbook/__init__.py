@@ -3,6 +3,7 @@
 from fieldmark.cookbook import (  # noqa: F401  (they register themselves)
     cifar10,
     digits,
+    fast,
     finetune,
     imagenet,
     imagenet_vit,

@@ -1,5 +1,6 @@
 """The end of a run: the chosen weights measured once on test, and packaged."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fieldmark.errors import ConfigError, ImageError
 from fieldmark.evaluation.backends import open_module
 from fieldmark.evaluation.run import Evaluation, evaluate_split, write_evaluation
 from fieldmark.evaluation.splits import pick_split, spread_over
+from fieldmark.evaluation.views import six_views
 from fieldmark.measure import Predict
 from fieldmark.model import Architecture, InferenceModule, eager_predict, num_parameters
 from fieldmark.packaging.golden import GoldenSamples, make_golden, synthetic_images
@@ -43,20 +45,7 @@ def finish_run(
     network = network.to(memory_format=torch.contiguous_format)
     module = InferenceModule(network, preprocess.mean, preprocess.std)
     predict = eager_predict(module, device)
-    measured: dict[str, Any] = {}
-    for name in ("val", "test"):
-        split = splits.parts().get(name)
-        if split is not None:
-            evaluation = evaluate_split(
-                predict,
-                split,
-                preprocess,
-                data_class_names=splits.class_names,
-                class_names=splits.class_names,
-                class_descriptions=None,
-                batch_size=config.eval.batch_size,
-            )
-            measured[name] = _keep(folder, evaluation, split, splits, config)
+    measured = _measure(folder, config, splits, preprocess, predict)
     data = config.data
     training = training | {
         "recipe": config.name,
@@ -111,6 +100,33 @@ def finish_run(
     )
     write_json(folder / RESULT_FILE, facts)  # last: it says that the run has ended
     return facts
+
+
+def _measure(
+    folder: Path, config: RunConfig, splits: Splits, preprocess: Preprocess, predict: Predict
+) -> dict[str, Any]:
+    """Return the figures of val and test, where there are such splits; keep the predictions."""
+    evaluate = partial(
+        evaluate_split,
+        preprocess=preprocess,
+        data_class_names=splits.class_names,
+        class_names=splits.class_names,
+        class_descriptions=None,
+        batch_size=config.eval.batch_size,
+    )
+    measured: dict[str, Any] = {}
+    for name in ("val", "test"):
+        split = splits.parts().get(name)
+        if split is None:
+            continue
+        measured[name] = _keep(folder, evaluate(predict, split), split, splits, config)
+        if config.eval.views == "six":
+            scores = evaluate(six_views(predict), split).scores
+            measured[name]["six_views"] = {
+                "top1_accuracy": scores.top1_accuracy.to_json(),
+                "loss": scores.loss,
+            }
+    return measured
 
 
 def package_model(

@@ -26,8 +26,25 @@ class AirNet(nn.Module):
         head_scale: float = 1 / 9,
         bn_momentum: float = 0.4,
         drop_rate: float = 0.0,
+        depth: int = 2,
+        stem_bias: str = "zeros",
+        head_std: float = 0.0,
     ) -> None:
+        """Make the network.
+
+        Args:
+            depth: convolutions in a group, 2 or 3; the third is passed by a shortcut.
+            stem_bias: "zeros", or "uniform" between -1 / sqrt(F) and 1 / sqrt(F), F the inputs of
+                a stem filter, as torch sets a convolution's bias.
+            head_std: of the head's weights, which are scaled to it; 0: as torch sets them.
+        """
         super().__init__()
+        if depth not in (2, 3) or stem_bias not in ("zeros", "uniform") or head_std < 0:
+            raise ValueError(
+                "airnet takes depth 2 or 3, stem_bias zeros or uniform, head_std from 0. "
+                f"Got {depth}, {stem_bias!r}, {head_std}."
+            )
+        self.head_std = head_std
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = widths[-1]
         self.head_scale = head_scale
@@ -35,10 +52,11 @@ class AirNet(nn.Module):
         patch = in_chans * 4
         self.whiten = nn.Conv2d(in_chans, 2 * patch, kernel_size=2)
         self.whiten.weight.requires_grad = False
-        nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
+        if stem_bias == "zeros":
+            nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
         sizes = [2 * patch, *widths]
         self.groups = nn.Sequential(
-            *(_Group(sizes[i], sizes[i + 1], bn_momentum) for i in range(len(widths)))
+            *(_Group(sizes[i], sizes[i + 1], bn_momentum, depth) for i in range(len(widths)))
         )
         self.head = self._make_head()
 
@@ -102,20 +120,29 @@ class AirNet(nn.Module):
     def _make_head(self) -> nn.Module:
         if self.num_classes <= 0:
             return nn.Identity()
-        return nn.Linear(self.num_features, self.num_classes, bias=False)
+        head = nn.Linear(self.num_features, self.num_classes, bias=False)
+        if self.head_std:
+            with torch.no_grad():
+                head.weight *= self.head_std / head.weight.std()
+        return head
 
 
 class _Group(nn.Module):
-    def __init__(self, width_in: int, width_out: int, bn_momentum: float) -> None:
+    def __init__(self, width_in: int, width_out: int, bn_momentum: float, depth: int) -> None:
         super().__init__()
         self.conv1 = _dirac_conv(width_in, width_out)
         self.norm1 = _bias_norm(width_out, bn_momentum)
         self.conv2 = _dirac_conv(width_out, width_out)
         self.norm2 = _bias_norm(width_out, bn_momentum)
+        self.is_deep = depth == 3
+        if self.is_deep:
+            self.conv3 = _dirac_conv(width_out, width_out)
+            self.norm3 = _bias_norm(width_out, bn_momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        return F.gelu(self.norm2(self.conv2(x)))
+        shortcut = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = F.gelu(self.norm2(self.conv2(shortcut)))
+        return F.gelu(self.norm3(self.conv3(x)) + shortcut) if self.is_deep else x
 
 
 def _dirac_conv(width_in: int, width_out: int) -> nn.Conv2d:

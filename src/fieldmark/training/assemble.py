@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from fieldmark.config import LossConfig, OptimConfig, TrainConfig
@@ -17,7 +18,7 @@ from fieldmark.training.device import autocast, make_scaler
 from fieldmark.training.lookahead import Lookahead
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.losses import make_loss
-from fieldmark.training.optim import make_optimizer
+from fieldmark.training.optim import make_optimizer, stem_parameters
 from fieldmark.training.plan import Timing
 from fieldmark.training.ranks import Ranks
 from fieldmark.training.session import Batches, Validate, closing_if_it_can
@@ -44,6 +45,13 @@ def make_rule(
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = network.to(device)
+    if train.sync_batch_norm:
+        if device.type != "cuda":
+            raise ConfigError(
+                "train.sync_batch_norm needs CUDA: torch has no such kernel for a CPU. Set it to "
+                "false; norm statistics of several processes are combined after each update."
+            )
+        network = convert_sync_batchnorm(network)
     forward = torch.compile(network) if train.compile else network
     return UpdateRule(
         network=network,
@@ -59,7 +67,7 @@ def make_rule(
         freeze=freeze,
         seed=train.seed,
         sums_examples=loss.reduction == "sum",
-        stem=_stem(network) if optim.stem_epochs else (),
+        stem=stem_parameters(network) if optim.stem_epochs else (),
         stem_steps=round(optim.stem_epochs * steps_per_epoch),
         ranks=ranks,
     )
@@ -111,18 +119,3 @@ def measure_timing(
     if validate is not None:
         validate(spare.eval())
     return Timing(update_s, time.monotonic() - began if validate is not None else 0.0)
-
-
-def _stem(network: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the network's stem that learn.
-
-    Raises:
-        ConfigError: the network does not say which they are.
-    """
-    stem_parameters = getattr(network, "stem_parameters", None)
-    if stem_parameters is None:
-        raise ConfigError(
-            "optim.stem_epochs needs a network that names its stem, as airnet does. "
-            f"Got {type(network).__name__}. Set optim.stem_epochs=0."
-        )
-    return list(stem_parameters())

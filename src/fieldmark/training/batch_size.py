@@ -30,6 +30,7 @@ def settle_batch_size(
     num_updates: int,
     num_images: int,
     device: torch.device,
+    num_ranks: int = 1,
     decide_once: Callable[[str, Callable[[], tuple[int, str]]], int],
 ) -> TrainConfig:
     """Return the section with a number for `auto`: found in a run's first process, then replayed.
@@ -37,11 +38,12 @@ def settle_batch_size(
     Args:
         rehearse: makes `num_updates` updates on a copy of the network.
         num_images: of the train split.
+        num_ranks: processes that divide an update.
         decide_once: kind, what finds (value, why) -> the value decided the first time.
     """
     if train.batch_size != "auto":
         return train
-    parts = train.accumulation_steps
+    parts = train.accumulation_steps * num_ranks
 
     def find() -> tuple[int, str]:
         if device.type == "cuda":
@@ -138,7 +140,7 @@ def largest_that_fits(run: Run, at_most: int) -> int:
 
 @contextmanager
 def out_of_memory_explained(
-    run: Run, *, batch_size: int, accumulation_steps: int
+    run: Run, *, batch_size: int, accumulation_steps: int, num_ranks: int = 1
 ) -> Iterator[None]:
     """Name the largest update that fits when the block runs out of a GPU's memory.
 
@@ -156,12 +158,17 @@ def out_of_memory_explained(
         reason = str(error).split(". ")[0]
     else:
         return
-    at_a_time = batch_size // accumulation_steps
+    at_a_time = batch_size // (accumulation_steps * num_ranks)
     most = int(largest_that_fits(run, at_a_time) / _MARGIN)
     raise OutOfMemory(
         f"an update of train.batch_size={batch_size} must fit into the GPU's memory. "
         f"Got: {reason}, with {at_a_time} images at a time. "
-        f"{advice(most, batch_size=batch_size, accumulation_steps=accumulation_steps)}"
+        + advice(
+            most,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            num_ranks=num_ranks,
+        )
     )
 
 

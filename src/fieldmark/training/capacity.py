@@ -185,6 +185,8 @@ def check_memory(
     eval_batch_size: int,
     device: torch.device,
     beside_bytes: int = 0,
+    num_ranks: int = 1,
+    ranks_here: int = 1,
 ) -> int | None:
     """Return by how much a run on the CPU will grow, in bytes; refuse one that does not fit.
 
@@ -193,6 +195,7 @@ def check_memory(
     Args:
         update, validation: rehearsals of them.
         beside_bytes: what else the run will hold, such as the batches that workers prepare.
+        num_ranks: processes that divide an update; `ranks_here` of them share this memory.
 
     Raises:
         OutOfMemory: names what is needed, what there is, and what would fit.
@@ -200,12 +203,13 @@ def check_memory(
     if device.type == "cuda":
         return None
     room = available_bytes()
-    room = Room(max(0, room.num_bytes - beside_bytes), room.source)
+    room = Room(max(0, room.num_bytes - beside_bytes) // ranks_here, room.source)
     needed = check_update_fits(
         measure_memory(update),
         room,
         batch_size=train.examples_per_update,
         accumulation_steps=train.accumulation_steps,
+        num_ranks=num_ranks,
     )
     if validation is None:
         return needed
@@ -213,22 +217,28 @@ def check_memory(
 
 
 def check_update_fits(
-    memory: Memory, room: Room, *, batch_size: int, accumulation_steps: int
+    memory: Memory, room: Room, *, batch_size: int, accumulation_steps: int, num_ranks: int = 1
 ) -> int:
     """Return by how much the process will grow on the CPU, in bytes; refuse what does not fit.
 
     Raises:
         OutOfMemory: names what the update takes, what there is, and what would fit.
     """
-    needed = memory.process_bytes(batch_size // accumulation_steps)
+    at_a_time = batch_size // (accumulation_steps * num_ranks)
+    needed = memory.process_bytes(at_a_time)
     if needed <= room.num_bytes:
         return needed
     most = memory.most_images(room.num_bytes)
     raise OutOfMemory(
         f"an update of train.batch_size={batch_size} must fit into the {size_text(room.num_bytes)} "
         f"left by {room.source}. Got about {size_text(needed)} for "
-        f"{batch_size // accumulation_steps} images at a time. "
-        f"{advice(most, batch_size=batch_size, accumulation_steps=accumulation_steps)}"
+        f"{at_a_time} images at a time. "
+        + advice(
+            most,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            num_ranks=num_ranks,
+        )
     )
 
 
@@ -250,18 +260,22 @@ def check_validation_fits(memory: Memory, room: Room, batch_size: int) -> int:
     )
 
 
-def advice(most_images: int, *, batch_size: int, accumulation_steps: int) -> str:
+def advice(
+    most_images: int, *, batch_size: int, accumulation_steps: int, num_ranks: int = 1
+) -> str:
     """Return what to set when only `most_images` fit at a time."""
     if not most_images:
         return "Not one image fits: choose a smaller network or model.image_px."
     parts = (
         steps
         for steps in range(accumulation_steps + 1, batch_size + 1)
-        if batch_size % steps == 0 and batch_size // steps <= most_images
+        if batch_size % (steps * num_ranks) == 0
+        and batch_size // (steps * num_ranks) <= most_images
     )
-    smaller = most_images * accumulation_steps
+    smaller = most_images * accumulation_steps * num_ranks
+    steps = next(parts, batch_size)
     return (
-        f"Set train.accumulation_steps={next(parts)}, the same update in smaller parts, "
+        f"Set train.accumulation_steps={steps}, the same update in smaller parts, "
         f"or train.batch_size={smaller}, the largest that fits."
     )
 

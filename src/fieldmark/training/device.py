@@ -11,6 +11,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.runtime.log import say
 from fieldmark.runtime.memory import keep_freed_memory
+from fieldmark.training.processes import local_world, take_gpu
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,6 +21,7 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        take_gpu()
         return torch.device("cuda")
     if wanted == "cuda":
         raise ConfigError(
@@ -43,7 +45,7 @@ def prepare(config: TrainConfig, device: torch.device) -> int:
             "train.precision=float16 needs a CUDA device. Got a CPU. "
             "Set train.precision=bfloat16 or float32."
         )
-    threads = config.threads or num_cores()
+    threads = config.threads or max(1, num_cores() // local_world())
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()

@@ -19,12 +19,12 @@ class Guard:
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._statistics = list(norm_statistics(network))
-        self._before: list[Tensor] = []
+        self.statistics: list[Tensor] = []  # as they were before this update's forward passes
 
     @torch.no_grad()
     def before_forward(self) -> None:
         """Keep the norm statistics, which the forward pass changes."""
-        self._before = [buffer.clone() for buffer in self._statistics]
+        self.statistics = [buffer.clone() for buffer in self._statistics]
 
     @torch.no_grad()
     def step(self, scaler: torch.amp.GradScaler, is_finite: Tensor) -> None:
@@ -33,7 +33,7 @@ class Guard:
             if is_finite:
                 scaler.step(self._optimizer)
             else:
-                for buffer, before in zip(self._statistics, self._before, strict=True):
+                for buffer, before in zip(self._statistics, self.statistics, strict=True):
                     buffer.copy_(before)
             return
         kept = [(tensor, tensor.clone()) for tensor in self._moving()]
@@ -41,7 +41,7 @@ class Guard:
         scaler.step(self._optimizer)
         # State that this very step made is emptied rather than restored.
         kept += [(t, torch.zeros_like(t)) for t in self._moving() if id(t) not in known]
-        kept += zip(self._statistics, self._before, strict=True)
+        kept += zip(self._statistics, self.statistics, strict=True)
         for tensor, before in kept:
             tensor.copy_(torch.where(is_finite, tensor, before))
 

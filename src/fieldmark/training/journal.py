@@ -51,6 +51,7 @@ class Journal:
             self.lines, lines, bad_updates=self._bad_updates, spike_factor=self._spike_factor
         )
         self._run.append_metrics(lines)
+        self._run.exchange()
         self.lines.extend(lines)
         self.is_calm = verdict.is_calm
         skipped = [line for line in lines if line.get("skipped") in ("non-finite", "input")]

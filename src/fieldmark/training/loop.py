@@ -75,7 +75,7 @@ def train_steps(
         _set_rates(rule, index - 1, factor)
         guard.before_forward()
         loss, inputs_are_finite = _accumulate(rule, batches, params[0].device)
-        rule.ranks.combine_statistics(rule.network, rule.accumulation_steps)
+        rule.ranks.combine_statistics(rule.network, guard.statistics, rule.accumulation_steps)
         rule.scaler.unscale_(rule.optimizer)  # so that the norm and the clipping see true gradients
         grads = [p.grad for p in params if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
@@ -97,7 +97,8 @@ def _set_rates(rule: UpdateRule, step: int, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
         if group.get("stem") and rule.stem_steps:
             group["lr"] = group["initial_lr"] * max(0.0, 1 - step / rule.stem_steps)
-    if rule.stem_steps:
+    # With several processes the gradient is exchanged all the same: what is, was settled before.
+    if rule.stem_steps and rule.ranks.world == 1:
         for parameter in rule.stem:
             parameter.requires_grad_(step < rule.stem_steps)
 
@@ -107,7 +108,7 @@ def _accumulate(
 ) -> tuple[Tensor, Tensor]:
     """Add up the gradients of one update; return its mean loss, and if its images are finite."""
     total = torch.zeros((), device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    num_bad = torch.zeros((), device=device)
     unit = rule.batch_size if rule.sums_examples else 1
     for micro in range(rule.accumulation_steps):
         images, targets = next(batches)
@@ -115,11 +116,12 @@ def _accumulate(
             if not len(targets):  # all of its files were broken
                 rule.ranks.contribute_nothing(rule.forward, images)
                 continue
-            finite &= torch.isfinite(images.sum())  # a sum is cheaper than a mask, and as telling
+            num_bad += ~torch.isfinite(images.sum())  # a sum is cheaper than a mask, as telling
             with rule.autocast():
                 # By its share of the update, so that a batch with a broken file weighs less.
                 share = len(targets) / rule.batch_size
                 loss = rule.loss_fn(rule.forward(images), targets) * share
             rule.scaler.scale(loss * unit * rule.ranks.world).backward()
         total += loss.detach()
-    return rule.ranks.total(total), rule.ranks.all_true(finite)
+    loss, num_bad = rule.ranks.total(torch.stack([total, num_bad])).unbind()
+    return loss, num_bad == 0

@@ -60,12 +60,16 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> Groups:
       images).
     - With `decay_norm_and_bias` off, weight decay leaves out vectors and scalars, and what the
       network itself names in `no_weight_decay` (position embeddings).
+    - With `stem_epochs`, the network's stem is a group with "stem": True, at lr.
+    - With `decay_follows_lr` off, a group's decay is divided by what its rate is times lr.
     - For muon, convolution filters below the head are groups with "filters": True, which learn at
       filter_lr and are not decayed: that optimizer fixes their norm.
 
     Raises:
-        ConfigError: a layer_decay below 1 for a network without a `group_matcher`.
+        ConfigError: a layer_decay below 1 for a network without a `group_matcher`, or stem_epochs
+            for one that does not name its stem.
     """
+    stem = {id(p) for p in stem_parameters(network)} if config.stem_epochs else set()
     head = {id(p) for p in head_parameters(network)}
     exempt: set[str] = set(getattr(network, "no_weight_decay", set)())
     depths = _depths(network) if config.layer_decay < 1 else {}
@@ -75,17 +79,28 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> Groups:
         if not parameter.requires_grad:
             continue
         is_head, is_vector = id(parameter) in head, parameter.ndim <= 1
-        is_filter = config.name.lower() == "muon" and parameter.ndim == 4 and not is_head
+        is_stem = id(parameter) in stem
+        is_filter = (
+            config.name.lower() == "muon" and parameter.ndim == 4 and not is_head and not is_stem
+        )
         is_exempt = is_vector or any(fnmatchcase(name, pattern) for pattern in exempt)
         decays = not is_filter and (config.decay_norm_and_bias or not is_exempt)
         depth = 0 if is_head else depths.get(name, 0)
         lr = (config.filter_lr if is_filter else config.lr) * config.layer_decay**depth
         if is_head:
             lr *= config.head_lr_factor
-        elif is_vector:
+        elif is_vector and not is_stem:
             lr *= config.bias_lr_factor
-        is_apart = is_vector and not is_head and config.bias_lr_factor != 1
-        title = "head" if is_head else f"layer {num_layers - depth}" if depths else "backbone"
+        is_apart = is_vector and not is_head and not is_stem and config.bias_lr_factor != 1
+        title = (
+            "head"
+            if is_head
+            else "stem"
+            if is_stem
+            else f"layer {num_layers - depth}"
+            if depths
+            else "backbone"
+        )
         title += ", filters" if is_filter else ", norms and biases" if is_apart else ""
         title += "" if decays or is_filter else ", no decay"
         group = groups.setdefault(
@@ -94,12 +109,33 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> Groups:
                 "name": title,
                 "params": [],
                 "lr": lr,
-                "weight_decay": config.weight_decay if decays else 0.0,
+                "weight_decay": _decay(config, lr) if decays else 0.0,
                 **({"filters": True} if is_filter else {}),
+                **({"stem": True} if is_stem else {}),
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def stem_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the network's stem that learn.
+
+    Raises:
+        ConfigError: the network does not say which they are.
+    """
+    find = getattr(network, "stem_parameters", None)
+    if find is None:
+        raise ConfigError(
+            "optim.stem_epochs needs a network that names its stem, as airnet does. "
+            f"Got {type(network).__name__}. Set optim.stem_epochs=0."
+        )
+    return list(find())
+
+
+def _decay(config: OptimConfig, lr: float) -> float:
+    """Return the decay of a group that learns at `lr`; optimizers multiply one by the other."""
+    return config.weight_decay * (1 if config.decay_follows_lr else config.lr / lr)
 
 
 def _depths(network: nn.Module) -> dict[str, int]:

@@ -62,7 +62,7 @@ def make_plan(
         eval_steps = train.eval_epochs * steps_per_epoch
         total = fit_total(timing, train.max_minutes * 60, sizes, eval_steps)
         why = _fitted_sentence(timing, train.max_minutes)
-        say(f"{total} updates, {total / steps_per_epoch:.3g} epochs, {why}")
+        say(f"{total} updates {why}")
         return total, why
 
     total = decide_once("total_steps", find)

@@ -196,7 +196,7 @@ def initialise_from_images(network: nn.Module, images: TrainImages) -> None:
 def make_batches(
     images: TrainImages,
     *,
-    decide: Decide,
+    leave_out: Callable[[str, str], None],
     data: DataConfig,
     augment: AugmentConfig,
     train: TrainConfig,
@@ -209,6 +209,7 @@ def make_batches(
     """Return training batches from memory or from files.
 
     Args:
+        leave_out: told of each broken image, by kind of decision and reason.
         augment: a policy other than "custom" stands for what was decided for these images.
         image_px: update from 0 -> short side of its images in px; default: always the same.
         rank: of this process among `num_ranks`.
@@ -237,7 +238,7 @@ def make_batches(
 
     def skip(name: str, reason: str) -> None:
         warn(f"skipped {name}: {reason}")
-        decide(BROKEN + name, reason, "left out of training")
+        leave_out(BROKEN + name, reason)
 
     return FileBatches(
         images.split,

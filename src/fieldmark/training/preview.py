@@ -136,7 +136,7 @@ def _rows(
     labels = shown.labels if resident else None
     batches = make_batches(
         TrainImages(spec, shown, pixels, labels, augment),
-        decide=lambda kind, value, why: value,
+        leave_out=lambda _kind, _reason: None,
         # Each update shows all rows once.
         data=config.data.model_copy(update={"sampler": "shuffle", "repeats": 1, "num_workers": 0}),
         augment=augment,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fieldmark.config import RunConfig
-from fieldmark.errors import FieldmarkError, Interrupted
+from fieldmark.errors import ConfigError, FieldmarkError, Interrupted
 from fieldmark.training.prepare import BROKEN
 from fieldmark.training.probe import finish_report, fit_probe
 from fieldmark.training.run_folder import RunFolder
@@ -20,6 +20,11 @@ def train_probe(
         finish_run: measures the network on the splits and writes the package; returns the facts.
         resume: keep the run when it fails before anything is fitted.
     """
+    if run.ranks.world > 1:
+        raise ConfigError(
+            "train.method=linear-probe needs one process, which uses all cores. "
+            f"Got {run.ranks.world}. Start it without torchrun or --devices."
+        )
     try:
         ready = start_probe(run, config)
         report = fit_probe(

@@ -1,7 +1,7 @@
-"""The processes that train one network together."""
+"""The processes that train one network together, one rank each."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """What an update needs to know of the other processes."""
+    """What a run needs to know of the other processes. All call its methods in the same order."""
 
     rank: int
     world: int
@@ -28,16 +28,20 @@ class Ranks(Protocol):
         """Return the context of one backward pass; the last of an update exchanges gradients."""
 
     def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
-        """Take part in the exchange with no examples."""
+        """Take part in the exchange with no examples; `images` are (0, 3, H, W)."""
 
-    def combine_statistics(self, network: nn.Module, accumulation_steps: int) -> None:
-        """Give every rank the norm statistics of all."""
+    def combine_statistics(
+        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+    ) -> None:
+        """Give every rank the norm statistics that one process would have after all passes.
 
-    def total(self, value: Tensor) -> Tensor:
+        Args:
+            before: `guard.norm_statistics` of the network before this update, the same everywhere.
+            num_passes: forward passes of each rank in this update.
+        """
+
+    def total(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks."""
-
-    def all_true(self, value: Tensor) -> Tensor:
-        """Return whether a flag is true on every rank."""
 
     def any_of(self, flag: bool) -> bool:
         """Return whether a flag of the host is true on any rank."""
@@ -72,16 +76,14 @@ class Alone:
     def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
         """Do nothing."""
 
-    def combine_statistics(self, network: nn.Module, accumulation_steps: int) -> None:
+    def combine_statistics(
+        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+    ) -> None:
         """Do nothing."""
 
-    def total(self, value: Tensor) -> Tensor:
-        """Return the value."""
-        return value
-
-    def all_true(self, value: Tensor) -> Tensor:
-        """Return the flag."""
-        return value
+    def total(self, values: Tensor) -> Tensor:
+        """Return the values."""
+        return values
 
     def any_of(self, flag: bool) -> bool:
         """Return the flag."""

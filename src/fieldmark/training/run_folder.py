@@ -36,17 +36,41 @@ _LIBRARIES = ("fieldmark", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
 class RunFolder:
-    """One run on disk, locked by this process until the `with` block ends."""
+    """One run on disk, locked by this process until the `with` block ends.
+
+    Of several ranks, the first has the folder and writes. Others follow: they know what it has
+    decided, and write nothing. Unless it says otherwise, a method is called by all of them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ranks: Ranks = Alone()
-        self.writes = True
-        self._lock = lock_folder(path)
+        self._lock: IO[str] | None = lock_folder(path)
+        self._config: RunConfig | None = None
+        self._broken: list[tuple[str, str]] = []
         remove_temporary(path)
         decisions = _read_lines(path / "decisions.jsonl")
         self._decisions = {line["kind"]: line for line in decisions}
         _repair(path / "decisions.jsonl", decisions)
+
+    @classmethod
+    def shared(cls, ranks: Ranks, open_first: Callable[[], "RunFolder"]) -> "RunFolder":
+        """Return the run that rank 0 opens, on each rank."""
+        run = open_first() if ranks.rank == 0 else cls.__new__(cls)
+        facts = None
+        if ranks.rank == 0 and ranks.world > 1:
+            facts = (run.path, run.config(), run._decisions)
+        facts = ranks.share(facts)
+        if ranks.rank > 0 and facts is not None:
+            run.path, run._config, run._decisions = facts
+            run._lock, run._broken = None, []
+        run.ranks = ranks
+        return run
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.ranks.rank == 0
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
@@ -95,7 +119,7 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """Return the configuration the run was started with."""
-        return from_json(read_json(self.path / "config.json"))
+        return self._config or from_json(read_json(self.path / "config.json"))
 
     def decide(self, kind: str, value: T, why: str) -> T:
         """Return what was decided of `kind` the first time, recording it if it is new."""
@@ -103,10 +127,32 @@ class RunFolder:
         if known is not None:
             decided: T = known["value"]
             return decided
-        line = {"kind": kind, "value": value, "why": why}
-        append_whole(self.path / "decisions.jsonl", _to_text([line]))
-        self._decisions[kind] = line
+        value = self.ranks.share(value)
+        self._record(kind, value, why)
         return value
+
+    def _record(self, kind: str, value: Any, why: str) -> None:
+        line = {"kind": kind, "value": value, "why": why}
+        if self.writes:
+            append_whole(self.path / "decisions.jsonl", _to_text([line]))
+        self._decisions[kind] = line
+
+    def leave_out(self, kind: str, reason: str) -> None:
+        """Note what this rank alone found not usable; `exchange` lets the others know."""
+        if self.ranks.world == 1:
+            self.decide(kind, reason, "left out of training")
+        else:
+            self._broken.append((kind, reason))
+
+    def exchange(self) -> None:
+        """Record what each rank has left out since the last exchange."""
+        if self.ranks.world == 1:
+            return
+        for found in self.ranks.gather(self._broken):
+            for kind, reason in found:
+                if kind not in self._decisions:
+                    self._record(kind, reason, "left out of training")
+        self._broken = []
 
     def decide_once(self, kind: str, find: Callable[[], tuple[T, str]]) -> T:
         """As `decide`, but for what is costly to find: `find` -> (value, why) is called once."""
@@ -117,6 +163,8 @@ class RunFolder:
 
     def check_environment(self, environment: dict[str, Any]) -> list[str]:
         """Record the environment the first time; later return what differs, as sentences."""
+        if not self.writes:
+            return []
         path = self.path / "environment.json"
         if not path.exists():
             write_json(path, environment)
@@ -130,7 +178,8 @@ class RunFolder:
 
     def append_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl and flush them to the disk."""
-        append_whole(self.path / "metrics.jsonl", _to_text(lines))
+        if self.writes:
+            append_whole(self.path / "metrics.jsonl", _to_text(lines))
 
     def decisions(self, prefix: str) -> dict[str, Any]:
         """Return what was decided of the kinds that begin with `prefix`, without it."""
@@ -142,23 +191,28 @@ class RunFolder:
 
     def last_metrics(self, count: int, step: int) -> list[dict[str, Any]]:
         """Return the lines of the last `count` updates up to `step`, oldest first."""
-        lines = _read_lines(self.path / "metrics.jsonl")
-        return [line for line in lines if line["kind"] == "train" and line["step"] <= step][-count:]
+        lines = _read_lines(self.path / "metrics.jsonl") if self.writes else []
+        lines = [line for line in lines if line["kind"] == "train" and line["step"] <= step]
+        return self.ranks.share(lines[-count:])
 
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after update `step`: a killed run wrote them and they will come again."""
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         _repair(path, [line for line in _read_lines(path) if line["step"] <= step])
 
     def write_diagnosis(self, found: dict[str, Any]) -> Path:
         """Write what was measured when training went wrong; return the file."""
         path = self.path / "diagnosis.json"
-        write_json(path, found)
+        if self.writes:
+            write_json(path, found)
         return path
 
     def discard(self) -> None:
         """Delete a run in which nothing was trained yet."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -169,7 +223,8 @@ class RunFolder:
         Raises:
             DiskFull, Interrupted, Preempted: in the place of what ended the block.
         """
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         if isinstance(error, KeyboardInterrupt):
             raise stop_error(error, f"stopped before the run had ended. {self._next()}") from None
         if error is not None and is_disk_full(error):
@@ -182,7 +237,7 @@ class RunFolder:
         return f"Resume with: fieldmark train --resume --out {self.path}"
 
 
-def describe_environment(device: torch.device, threads: int) -> dict[str, Any]:
+def describe_environment(device: torch.device, threads: int, num_ranks: int = 1) -> dict[str, Any]:
     """Return the facts that can change a bit of the result."""
     versions = {}
     for name in _LIBRARIES:
@@ -197,7 +252,7 @@ def describe_environment(device: torch.device, threads: int) -> dict[str, Any]:
         "instruction_set": instruction_set(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": threads,
-        "ranks": 1,
+        "ranks": num_ranks,
         "python": platform.python_version(),
         **versions,
     }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,19 @@ from fieldmark.data.sizes import image_px_at, size_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
 from fieldmark.errors import ConfigError, DataError, ModelError
-from fieldmark.model import Architecture
+from fieldmark.model import Architecture, Freeze
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
 from fieldmark.training.assemble import make_rule, make_state, measure_timing
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
 from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
+from fieldmark.training.cost import training_flops
 from fieldmark.training.device import autocast, pick_device, prepare
 from fieldmark.training.features import frozen_digest, linear_head
 from fieldmark.training.loop import UpdateRule
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
-from fieldmark.training.plan import make_plan
+from fieldmark.training.plan import Plan, make_plan
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
@@ -37,18 +39,26 @@ from fieldmark.training.prepare import (
     pretrained_preprocess,
 )
 from fieldmark.training.probe import ReadyProbe
+from fieldmark.training.processes import local_world
+from fieldmark.training.ranks import Ranks
 from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
 from fieldmark.training.session import Batches, Session, TrainResult, Validate
 
 MakeValidation = Callable[..., Validate | None]
 
 
-def open_run(recipe: str, settings: Sequence[str], out: Path | None, resume: bool) -> RunFolder:
+def open_run(
+    recipe: str, settings: Sequence[str], out: Path | None, resume: bool, ranks: Ranks
+) -> RunFolder:
     """Return a new run of the recipe, or the one in `out` to go on with."""
-    if resume:
-        return RunFolder.open(_resumed_folder(recipe, settings, out))
-    config = load_recipe(recipe, settings)
-    return RunFolder.create(out or default_folder(config.name), config)
+
+    def open_first() -> RunFolder:
+        if resume:
+            return RunFolder.open(_resumed_folder(recipe, settings, out))
+        config = load_recipe(recipe, settings)
+        return RunFolder.create(out or default_folder(config.name), config)
+
+    return RunFolder.shared(ranks, open_first)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Ready:
     architecture: Architecture
     pretrained: ResolvedModel | None
     make_update: Callable[[], Run]  # a rehearsal of the update, for when memory runs out
+    pflop_per_image: float | None  # of training, the mean over image sizes; None: not countable
 
     def fit(self) -> TrainResult:
         """Train to the end; a GPU that has no room is told with the largest update that fits."""
@@ -69,8 +80,15 @@ class Ready:
             lambda num_images: self.make_update()(num_images),
             batch_size=train.examples_per_update,
             accumulation_steps=train.accumulation_steps,
+            num_ranks=self.session.rule.ranks.world,
         ):
             return self.session.fit()
+
+    def cost(self, step: int) -> dict[str, Any]:
+        """Return what training to update `step` costs: images, and 1e15 operations."""
+        images = step * self.session.train.examples_per_update
+        pflop = self.pflop_per_image
+        return {"images": images, "pflop": None if pflop is None else round(pflop * images, 6)}
 
 
 def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValidation) -> Ready:
@@ -82,7 +100,8 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     data, train = config.data, config.train
     device = pick_device(train.device)
     threads = prepare(train, device)
-    for difference in run.check_environment(describe_environment(device, threads)):
+    environment = describe_environment(device, threads, run.ranks.world)
+    for difference in run.check_environment(environment):
         warn(f"the run began elsewhere, so its last bits may differ: {difference}")
     splits = _open_splits(run, data)
     pretrained = resolve_pretrained(config.model)
@@ -118,10 +137,34 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         batch_size=config.eval.batch_size,
         max_bytes=data.max_resident_mb * 2**20,
         device=device,
+        rank=run.ranks.rank,
+        num_ranks=run.ranks.world,
+        gather=run.ranks.gather,
     )
     parts = _Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
     session = parts.session(network, validate, device)
-    return Ready(session, splits, images, architecture, pretrained, make_update)
+    pflop = _pflop_per_image(network, images, config.model.freeze)
+    ready = Ready(session, splits, images, architecture, pretrained, make_update, pflop)
+    say(_cost_sentence(session.plan, ready.cost(session.plan.total)))
+    return ready
+
+
+def _pflop_per_image(network: nn.Module, images: TrainImages, freeze: Freeze) -> float | None:
+    spec = images.preprocess
+    sizes = [
+        (begin, size_at(px, spec.height_px, spec.width_px))
+        for begin, px in images.augment.sizes or ((0.0, None),)
+    ]
+    try:
+        return training_flops(network, sizes, num_images=1, freeze=freeze) / 1e15
+    except (NotImplementedError, RuntimeError):  # an operation that cannot be traced
+        return None
+
+
+def _cost_sentence(plan: Plan, cost: dict[str, Any]) -> str:
+    pflop = "" if cost["pflop"] is None else f", {cost['pflop']:.3g} PFLOP"
+    epochs = plan.total / plan.steps_per_epoch
+    return f"{plan.total} updates ({epochs:.3g} epochs), {cost['images']:,} images{pflop}"
 
 
 @dataclass(frozen=True)
@@ -194,7 +237,7 @@ class _Parts:
     ) -> Batches:
         return make_batches(
             self.images,
-            decide=self.run.decide,
+            leave_out=self.run.leave_out,
             data=self.config.data,
             augment=self.images.augment,
             train=self.config.train,
@@ -243,9 +286,11 @@ def _settle_memory(
     """Return the section with its batch size as a number, once it is known to fit."""
     spec = images.preprocess
     update = make_update()
+    ranks = run.ranks
     train = settle_batch_size(
         config.train,
         update,
+        num_ranks=ranks.world,
         num_updates=2,
         num_images=len(images.split if images.labels is None else images.labels),
         device=device,
@@ -254,7 +299,15 @@ def _settle_memory(
     validation = None
     if splits.val is not None:
         validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
-    check_memory(train, update, validation, eval_batch_size=config.eval.batch_size, device=device)
+    check_memory(
+        train,
+        update,
+        validation,
+        eval_batch_size=config.eval.batch_size,
+        device=device,
+        num_ranks=ranks.world,
+        ranks_here=local_world(),
+    )
     return train
 
 

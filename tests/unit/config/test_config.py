@@ -45,6 +45,14 @@ def test_another_network_or_optimizer_loses_the_arguments_of_the_one_before() ->
     assert override(smoke, ["model.args={}"]).model.args == {}
 
 
+def test_a_part_of_a_table_that_is_replaced_stands_alone() -> None:
+    for settings in (
+        ["model.arch=test_vit", "model.args.patch_size=8"],
+        ["model.args.patch_size=8", "model.arch=test_vit"],
+    ):
+        assert override(find_recipe("cifar10-smoke"), settings).model.args == {"patch_size": 8}
+
+
 def test_setting_one_unit_clears_the_others() -> None:
     steps = override(BASE, ["train.steps=10", "schedule.warmup_frac=0.1"])
     assert (steps.train.steps, steps.train.epochs) == (10, 0)

@@ -152,7 +152,8 @@ def test_a_run_killed_after_a_rollback_ends_with_the_same_weights(
     fieldmark.train(out=tmp_path / "b", resume=True)
     assert train_lines(tmp_path / "a") == train_lines(tmp_path / "b")
     a, b = (load_newest(tmp_path / name / "checkpoints") for name in "ab")
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     for mine, theirs in zip(a[1]["network"].values(), b[1]["network"].values(), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -1,0 +1,5 @@
+"""`python -m fieldmark`, which torchrun starts."""
+
+from fieldmark.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""Ranks as processes: DistributedDataParallel under torchrun, or `fieldmark train --devices N`."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from fieldmark.errors import ConfigError, FieldmarkError, RankLost
+from fieldmark.runtime.log import console
+from fieldmark.training.ranks import Alone, Ranks
+
+T = TypeVar("T")
+
+_WAIT = timedelta(minutes=30)  # for a rank that decodes, or measures what the others wait for
+_FIRST_ERROR = "fieldmark/first-error"
+_CPU = torch.device("cpu")
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Yield the ranks that torchrun started, or this process alone.
+
+    An error is told by the rank that met it first; the others end with its status, in silence.
+
+    Raises:
+        RankLost: another rank ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Alone()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_WAIT)
+    ranks = Processes()
+    console.quiet = ranks.rank > 0
+    try:
+        yield ranks
+    except FieldmarkError as error:
+        if ranks.is_first_to_fail():
+            console.quiet = False
+            raise
+        raise SystemExit(error.exit_status) from None
+    except RuntimeError as error:
+        if not _is_lost(error):
+            console.quiet = False
+            raise
+        lost = RankLost(
+            "another process of the run ended, so that this one cannot go on. Once its cause is "
+            "known, resume with: fieldmark train --resume --out DIR"
+        )
+        if ranks.is_first_to_fail():
+            console.quiet = False
+            raise lost from error
+        raise SystemExit(lost.exit_status) from None
+    else:
+        console.quiet = False
+        dist.destroy_process_group()
+
+
+def local_world() -> int:
+    """Return how many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+class Processes:
+    """The ranks of torch's default process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def wrap(self, forward: Any, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return DistributedDataParallel of `forward`; buffers are not exchanged by it."""
+        is_cuda = next(network.parameters()).is_cuda
+        wrapped: Callable[[Tensor], Tensor] = DistributedDataParallel(
+            forward,
+            device_ids=[torch.cuda.current_device()] if is_cuda else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        return wrapped
+
+    def seed_parts(self) -> tuple[int, ...]:
+        """Return the rank: each draws its own dropout."""
+        return (self.rank,)
+
+    def accumulating(
+        self, forward: Callable[[Tensor], Tensor], *, is_last: bool
+    ) -> AbstractContextManager[object]:
+        """Return a context without exchange for all but the last backward pass."""
+        if is_last or not isinstance(forward, DistributedDataParallel):
+            return contextlib.nullcontext()
+        context: AbstractContextManager[object] = forward.no_sync()
+        return context
+
+    def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        """Go through forward and backward with an empty share: zero gradients, no statistics."""
+        norms = [m for m in _modules(forward) if isinstance(m, _BatchNorm) and m.training]
+        for norm in norms:
+            norm.eval()
+        try:
+            (forward(images.new_zeros(2, *images.shape[1:])).sum() * 0).backward()
+        finally:
+            for norm in norms:
+                norm.train()
+
+    def combine_statistics(
+        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+    ) -> None:
+        """Combine what each rank added to its norm statistics, as if one had made all passes.
+
+        A pass takes a statistic r to (1 - m) r + m b, with m the momentum and b that of the batch.
+        With k = (1 - m)^passes and ranks 0 .. W - 1 each at r_i from the same r, one process that
+        made the passes in order of rank ends at sum_i k^(W-1-i) r_i - r sum_(j=1)^(W-1) k^j.
+        """
+        norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+        old = iter(before)
+        parts: list[tuple[Tensor, Tensor, float]] = []  # statistic, as it was, k
+        for norm in norms:
+            known = [(b, next(old)) for b in norm.buffers(recurse=False)]
+            if not norm.training or isinstance(norm, nn.SyncBatchNorm):
+                continue
+            if norm.momentum is None:
+                raise ConfigError(
+                    "several processes need batch norms with a momentum. Got a cumulative average."
+                )
+            kept = (1 - norm.momentum) ** num_passes
+            for now, was in known:
+                if now.is_floating_point():
+                    parts.append((now, was, kept))
+                else:
+                    now.copy_(was + (now - was) * self.world)
+        if not parts:
+            return
+        share = [kept ** (self.world - 1 - self.rank) for _, _, kept in parts]
+        flat = torch.cat([now.flatten() * s for (now, _, _), s in zip(parts, share, strict=True)])
+        dist.all_reduce(flat)
+        for (now, was, kept), summed in zip(
+            parts, flat.split([now.numel() for now, _, _ in parts]), strict=True
+        ):
+            surplus = sum(kept**j for j in range(1, self.world))
+            now.copy_((summed - was.flatten() * surplus).view_as(now))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks, on the device of the values."""
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether the flag is true anywhere; hosts exchange it, no GPU waits for it."""
+        known = torch.tensor([int(flag)])
+        dist.all_reduce(known, op=dist.ReduceOp.MAX)
+        return bool(known.item())
+
+    def share(self, value: T) -> T:
+        """Return rank 0's value."""
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=_CPU)
+        shared: T = box[0]  # type: ignore[assignment]
+        return shared
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value."""
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def is_first_to_fail(self) -> bool:
+        """Return whether no other rank has told of its error; false too when none can be asked."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            winner: bytes = store.compare_set(_FIRST_ERROR, "", str(self.rank))
+        except (RuntimeError, ValueError):
+            return False
+        return winner == str(self.rank).encode()
+
+
+def take_gpu() -> None:
+    """Let this process use the GPU of its local rank.
+
+    Raises:
+        ConfigError: fewer GPUs than processes on this machine.
+    """
+    number, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_world() > num_gpus:
+        raise ConfigError(
+            f"each process on a machine needs a GPU of its own. Got {local_world()} processes and "
+            f"{num_gpus} GPUs. Start {num_gpus}, or set train.device=cpu."
+        )
+    torch.cuda.set_device(number)
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error comes of another process being gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _modules(forward: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
+    return forward.modules() if isinstance(forward, nn.Module) else iter(())

@@ -1,0 +1,227 @@
+"""Two real processes over gloo against one: gradients, statistics, evaluation, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fieldmark
+from fieldmark.training.checkpoint import load_newest
+
+pytestmark = pytest.mark.slow  # each starts processes that import torch
+
+PYTHON = sys.executable
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(command: list[str], timeout: float = 240, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=environment,
+        **more,
+    )
+
+
+def without(settings: list[str], *keys: str) -> list[str]:
+    return [s for s in settings if not s.startswith(keys)]
+
+
+def train(settings: list[str], out: Path, *, resume: bool = False) -> list[dict[str, Any]]:
+    """Train with two processes by torchrun; return the lines of metrics."""
+    told = ["--resume"] if resume else ["digits", *settings]
+    done = run([*TORCHRUN, "-m", "fieldmark", "train", *told, "--out", str(out)])
+    assert done.returncode == 0, done.stderr
+    return lines(out)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def losses(found: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in found if line["kind"] == "train"]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    newest = load_newest(out / "checkpoints")
+    assert newest is not None
+    state: dict[str, torch.Tensor] = newest[1]["network"]
+    return state
+
+
+VIT = [
+    "model.arch=test_vit",
+    "model.args.patch_size=8",
+    "model.image_px=32",
+    "train.steps=20",
+    "train.threads=1",
+    "data.val_frac=0.2",
+    "optim.max_grad_norm=1",
+]
+
+
+@pytest.fixture
+def vit(tiny_settings: list[str]) -> list[str]:
+    return [*without(tiny_settings, "model.args", "model.arch", "train.epochs", "data.val"), *VIT]
+
+
+@pytest.fixture
+def resnet(tiny_settings: list[str]) -> list[str]:
+    kept = without(tiny_settings, "model.args", "train.epochs", "data.val")
+    return [
+        *kept,
+        "model.arch=small_test_resnet",
+        "train.steps=12",
+        "optim.lr=0.02",
+        "train.threads=1",
+        "train.ema_decay=0.9",
+        "data.val_frac=0.2",
+    ]
+
+
+def test_without_batch_statistics_two_ranks_equal_one(tmp_path: Path, vit: list[str]) -> None:
+    """The same global batch, with clipping: losses within 1e-4 over 20 updates."""
+    fieldmark.train("digits", vit, out=tmp_path / "one")
+    one, two = losses(lines(tmp_path / "one")), losses(train(vit, tmp_path / "two"))
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["resident", "files"])
+def test_with_batch_norm_two_ranks_equal_one_that_accumulates(
+    tmp_path: Path, resnet: list[str], storage: str
+) -> None:
+    """The same half-batches, in the same order: norm statistics and averages too."""
+    settings = [*resnet, f"data.storage={storage}", "data.num_workers=1"]
+    one = [*settings, "train.accumulation_steps=2"]
+    fieldmark.train("digits", one, out=tmp_path / "one")
+    two = train(settings, tmp_path / "two")
+    for a, b in zip(losses(lines(tmp_path / "one")), losses(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+    # The validation split does not divide by two: every image counts once all the same.
+    vals = [[v for v in lines(tmp_path / n) if v["kind"] == "val"] for n in ("one", "two")]
+    assert vals[0][-1]["top1_accuracy"]["n"] == vals[1][-1]["top1_accuracy"]["n"]
+    assert vals[0][-1]["loss"] == pytest.approx(vals[1][-1]["loss"], rel=1e-3)
+    assert vals[0][-1]["top1_accuracy"]["n"] % 2
+
+
+def test_accumulation_on_two_ranks_equals_one_with_as_many_parts(
+    tmp_path: Path, resnet: list[str]
+) -> None:
+    fieldmark.train("digits", [*resnet, "train.accumulation_steps=4"], out=tmp_path / "one")
+    two = train([*resnet, "train.accumulation_steps=2"], tmp_path / "two")
+    for a, b in zip(losses(lines(tmp_path / "one")), losses(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_a_resumed_run_of_two_ranks_equals_the_undisturbed_one_bit_for_bit(
+    tmp_path: Path, resnet: list[str]
+) -> None:
+    settings = [*resnet, "train.checkpoint_steps=4", "train.keep_checkpoints=9"]
+    calm = train(settings, tmp_path / "calm")
+    train(settings, tmp_path / "broken")
+    for path in (tmp_path / "broken" / "checkpoints").iterdir():
+        if int(path.name[5:13]) > 4:
+            path.unlink()
+    (tmp_path / "broken" / "metrics.json").unlink()
+    assert train([], tmp_path / "broken", resume=True) == calm
+    a, b = weights(tmp_path / "calm"), weights(tmp_path / "broken")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_devices_starts_the_processes_and_one_alone_writes_and_speaks(
+    tmp_path: Path, resnet: list[str]
+) -> None:
+    out = tmp_path / "run"
+    command = [PYTHON, "-m", "fieldmark", "train", "digits", *resnet]
+    done = run([*command, "--devices", "2", "--out", str(out), "--json"])
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)  # one object: of one process
+    assert facts["cost"]["images"] == 12 * 16
+    assert json.loads((out / "environment.json").read_text())["ranks"] == 2
+    assert done.stderr.count("validation top-1") == len(
+        [line for line in lines(out) if line["kind"] == "val"]
+    )
+    steps = [line["step"] for line in lines(out) if line["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
+def test_a_mistake_is_told_once_with_its_status(tmp_path: Path, resnet: list[str]) -> None:
+    command = [PYTHON, "-m", "fieldmark", "train", "digits", *resnet, "train.sync_batch_norm=true"]
+    done = run([*command, "--devices", "2", "--out", str(tmp_path / "run")])
+    assert done.returncode == 2
+    assert done.stderr.count("train.sync_batch_norm needs CUDA") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def _start(resnet: list[str], out: Path) -> "subprocess.Popen[str]":
+    settings = [*without(resnet, "train.steps"), "train.steps=100000"]
+    command = [PYTHON, "-m", "fieldmark", "train", "digits", *settings]
+    process = subprocess.Popen(
+        [*command, "--devices", "2", "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    limit = time.monotonic() + 120
+    while not any((out / "checkpoints").glob("step-*.ckpt")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    return process
+
+
+def _ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes of the run: children of the launcher that run fieldmark."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = (folder / "cmdline").read_text()
+        except (OSError, ValueError):
+            continue
+        if parent == process.pid and "fieldmark" in command:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_does_not_hang(
+    tmp_path: Path, resnet: list[str]
+) -> None:
+    process = _start(resnet, tmp_path / "run")
+    ranks = _ranks_of(process)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL or process.returncode == 1
+    assert "another process of the run ended" in told
+    assert "Traceback" not in told
+    assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
+
+
+def test_a_signal_saves_a_checkpoint_and_says_resume_me(tmp_path: Path, resnet: list[str]) -> None:
+    process = _start(resnet, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert told.count("its checkpoint is saved. Resume with") == 1
+    assert load_newest(tmp_path / "run" / "checkpoints") is not None
