@@ -24,6 +24,8 @@ class DataConfig(Section):
     # any other (balanced), or as the root of its size (sqrt).
     sampler: Literal["shuffle", "balanced", "sqrt"] = "shuffle"
     repeats: int = Field(default=1, ge=1, le=16)  # copies of an image in one update
+    # The share of each update that trains, the hardest as a small network sees them; resident only.
+    keep_hardest_frac: float = Field(default=1.0, gt=0, le=1)
 
 
 class AugmentConfig(Section):

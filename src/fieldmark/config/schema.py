@@ -35,7 +35,14 @@ class PackageConfig(Section):
 
 # Sections and keys that a linear probe has no use for.
 _NOT_OF_A_PROBE: dict[str, tuple[str, ...]] = {
-    "data": ("storage", "max_resident_mb", "num_workers", "sampler", "repeats"),
+    "data": (
+        "storage",
+        "max_resident_mb",
+        "num_workers",
+        "sampler",
+        "repeats",
+        "keep_hardest_frac",
+    ),
     "augment": tuple(AugmentConfig.model_fields),
     "model": ("freeze", "drop_rate", "drop_path_rate"),
     "loss": tuple(LossConfig.model_fields),
@@ -118,6 +125,16 @@ class RunConfig(Section):
             raise ValueError(
                 "optim.filter_lr belongs to optim.name=muon, which needs it. "
                 f"Got {self.optim.filter_lr:g} with {self.optim.name}"
+            )
+        if self.data.keep_hardest_frac < 1 and (
+            self.data.storage == "files"
+            or self.train.max_minutes
+            or self.train.batch_size == "auto"
+        ):
+            raise ValueError(
+                "data.keep_hardest_frac below 1 looks at every update beforehand: it needs images "
+                "in memory and a length that is known, not data.storage=files, train.max_minutes "
+                f"or train.batch_size=auto. Got {self.data.keep_hardest_frac:g}"
             )
         if self.data.storage == "resident" and self.augment.resized_crop:
             raise ValueError(

@@ -36,8 +36,12 @@ def make_rule(
     class_counts: Sequence[int],
     device: torch.device,
     ranks: Ranks,
+    batch_size: int = 0,
 ) -> UpdateRule:
     """Return the update of a run; its network lies on the device in the wanted memory format.
+
+    Args:
+        batch_size: examples that train in an update, where not all of train.batch_size do.
 
     Raises:
         ConfigError: settings that this network does not have.
@@ -61,7 +65,7 @@ def make_rule(
         scaler=make_scaler(train, device),
         lr_factor=lambda _: 1.0,  # the session's, which knows the schedule and the rollbacks
         autocast=partial(autocast, train, device),
-        batch_size=train.examples_per_update,
+        batch_size=batch_size or train.examples_per_update,
         accumulation_steps=train.accumulation_steps,
         max_grad_norm=optim.max_grad_norm,
         freeze=freeze,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fieldmark.config import ScheduleConfig, TrainConfig
 from fieldmark.errors import ConfigError
 from fieldmark.runtime.log import say
-from fieldmark.training.schedule import total_steps, warmup_steps
+from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
 
 _RESERVE_FRAC = 0.02  # of a time budget, for what the measurement did not see
 
@@ -17,11 +17,22 @@ Sizes = Sequence[tuple[float, int]]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The length of a run, in updates."""
+    """The length of a run, in updates, and its rate at each."""
 
     total: int
     warmup: int
     steps_per_epoch: int
+    schedule: ScheduleConfig
+
+    def lr_factor(self, step: int) -> float:
+        """Return the schedule's rate of update `step` (0 for the first) over optim.lr."""
+        return lr_factor(
+            self.schedule,
+            step,
+            total=self.total,
+            warmup=self.warmup,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,7 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         batch_size=train.examples_per_update,
     )
-    return Plan(total, warmup, steps_per_epoch)
+    return Plan(total, warmup, steps_per_epoch, schedule)
 
 
 def fit_total(timing: Timing, budget_s: float, sizes: Sizes, eval_steps: int) -> int:

@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fieldmark.config import OptimConfig, ScheduleConfig, TrainConfig
+from fieldmark.config import OptimConfig, TrainConfig
 from fieldmark.errors import CheckpointError, FieldmarkError, NonFiniteLoss
 from fieldmark.measure import Rate
 from fieldmark.runtime.files import size_text
@@ -31,7 +30,6 @@ from fieldmark.training.journal import Journal
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.plan import Plan
 from fieldmark.training.run_folder import RunFolder
-from fieldmark.training.schedule import lr_factor
 from fieldmark.training.signals import StopRequest, stop_requests
 from fieldmark.training.state import TrainState
 from fieldmark.training.watch import Fault
@@ -102,17 +100,9 @@ class Session:
         plan: Plan,
         train: TrainConfig,
         optim: OptimConfig,
-        schedule: ScheduleConfig,
     ) -> None:
         self.run, self.state, self.data, self.validate = run, state, data, validate
         self.train, self.lr, self.plan = train, optim.lr, plan
-        self._schedule = partial(
-            lr_factor,
-            schedule,
-            total=plan.total,
-            warmup=plan.warmup,
-            steps_per_epoch=plan.steps_per_epoch,
-        )
         self.rule = replace(rule, lr_factor=self.lr_factor)
         self.on_validation: OnValidation | None = None
         self._rollbacks = list(run.decisions(_ROLLBACK).values())
@@ -143,7 +133,7 @@ class Session:
 
         The schedule's, times the factor of each rollback to an update at or before `step`.
         """
-        factor: float = self._schedule(step)
+        factor = self.plan.lr_factor(step)
         for rollback in self._rollbacks:
             if step >= rollback["to"]:
                 factor *= rollback["lr_factor"]

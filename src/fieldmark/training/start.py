@@ -12,29 +12,27 @@ from torch import nn
 
 from fieldmark.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fieldmark.cookbook import load_recipe
-from fieldmark.data.sizes import image_px_at, size_at
+from fieldmark.data.sizes import size_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
 from fieldmark.errors import ConfigError, DataError, ModelError
 from fieldmark.model import Architecture, Freeze
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
-from fieldmark.training.assemble import make_rule, make_state, measure_timing
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
 from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
 from fieldmark.training.cost import training_flops
 from fieldmark.training.device import autocast, pick_device, prepare
 from fieldmark.training.features import frozen_digest, linear_head
-from fieldmark.training.loop import UpdateRule
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
-from fieldmark.training.plan import Plan, make_plan
+from fieldmark.training.parts import Parts
+from fieldmark.training.plan import Plan
 from fieldmark.training.prepare import (
     TrainImages,
     check_splits,
     initialise_from_images,
     load_train_images,
-    make_batches,
     make_network,
     pretrained_preprocess,
 )
@@ -42,7 +40,7 @@ from fieldmark.training.probe import ReadyProbe
 from fieldmark.training.processes import local_world
 from fieldmark.training.ranks import Ranks
 from fieldmark.training.run_folder import RunFolder, default_folder, describe_environment
-from fieldmark.training.session import Batches, Session, TrainResult, Validate
+from fieldmark.training.session import Session, TrainResult, Validate
 
 MakeValidation = Callable[..., Validate | None]
 
@@ -141,7 +139,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         num_ranks=run.ranks.world,
         gather=run.ranks.gather,
     )
-    parts = _Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
+    parts = Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
     session = parts.session(network, validate, device)
     pflop = _pflop_per_image(network, images, config.model.freeze)
     ready = Ready(session, splits, images, architecture, pretrained, make_update, pflop)
@@ -165,88 +163,6 @@ def _cost_sentence(plan: Plan, cost: dict[str, Any]) -> str:
     pflop = "" if cost["pflop"] is None else f", {cost['pflop']:.3g} PFLOP"
     epochs = plan.total / plan.steps_per_epoch
     return f"{plan.total} updates ({epochs:.3g} epochs), {cost['images']:,} images{pflop}"
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a session is put together from."""
-
-    run: RunFolder
-    config: RunConfig  # with the size of an update as a number
-    images: TrainImages
-    splits: Splits
-    class_counts: Sequence[int]
-
-    def session(
-        self, network: nn.Module, validate: Validate | None, device: torch.device
-    ) -> Session:
-        """Decide the length of the run and return it in front of its next update."""
-        config, train = self.config, self.config.train
-        default_px = min(self.images.preprocess.height_px, self.images.preprocess.width_px)
-        sizes = self.images.augment.sizes or ((0.0, default_px),)
-        steps_per_epoch = self._batches(device).steps_per_epoch
-        make = partial(self._rule, steps_per_epoch=steps_per_epoch, device=device)
-        plan = make_plan(
-            train,
-            config.schedule,
-            steps_per_epoch=steps_per_epoch,
-            sizes=sizes,
-            decide_once=self.run.decide_once,
-            measure=lambda: measure_timing(
-                make,
-                network,
-                lambda px: self._batches(device, lambda _: px),
-                [px for _, px in sizes],
-                validate,
-            ),
-        )
-        image_px = None
-        if self.images.augment.sizes:
-            image_px = partial(image_px_at, sizes, total_steps=plan.total, default_px=default_px)
-        rule = make(network)
-        return Session(
-            self.run,
-            rule,
-            make_state(rule, train=train, optim=config.optim, total_steps=plan.total),
-            self._batches(device, image_px),
-            validate,
-            plan=plan,
-            train=train,
-            optim=config.optim,
-            schedule=config.schedule,
-        )
-
-    def _rule(
-        self, network: nn.Module, *, steps_per_epoch: int, device: torch.device
-    ) -> UpdateRule:
-        config = self.config
-        return make_rule(
-            network,
-            train=config.train,
-            optim=config.optim,
-            loss=config.loss,
-            freeze=config.model.freeze,
-            steps_per_epoch=steps_per_epoch,
-            class_counts=self.class_counts,
-            device=device,
-            ranks=self.run.ranks,
-        )
-
-    def _batches(
-        self, device: torch.device, image_px: Callable[[int], int] | None = None
-    ) -> Batches:
-        return make_batches(
-            self.images,
-            leave_out=self.run.leave_out,
-            data=self.config.data,
-            augment=self.images.augment,
-            train=self.config.train,
-            num_classes=len(self.splits.class_names),
-            device=device,
-            image_px=image_px,
-            rank=self.run.ranks.rank,
-            num_ranks=self.run.ranks.world,
-        )
 
 
 def _rehearsal(

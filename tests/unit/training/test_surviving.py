@@ -13,7 +13,7 @@ from torch import Tensor
 import fieldmark
 from fieldmark.data.resident import ResidentBatches
 from fieldmark.errors import NonFiniteLoss
-from fieldmark.training import loop, session
+from fieldmark.training import loop, plan
 from fieldmark.training.checkpoint import load_newest
 from fieldmark.training.schedule import lr_factor
 
@@ -114,7 +114,7 @@ def test_a_rate_far_too_high_ends_the_run_and_is_named(
     def too_high(config: Any, step: int, **rest: Any) -> float:
         return lr_factor(config, step, **rest) * (1000 if step >= 30 else 1)
 
-    monkeypatch.setattr(session, "lr_factor", too_high)
+    monkeypatch.setattr(plan, "lr_factor", too_high)
     with pytest.raises(NonFiniteLoss, match=r"again after 2 rollbacks\. The rate is too high"):
         fieldmark.train(
             "digits",
