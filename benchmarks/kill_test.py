@@ -1,14 +1,17 @@
 """Kill a training run with SIGKILL, again and again, and compare it with an undisturbed one.
 
-    .venv/bin/python benchmarks/kill_test.py            # both data paths, about 4 minutes
+    .venv/bin/python benchmarks/kill_test.py            # all three cases, about 7 minutes
     .venv/bin/python benchmarks/kill_test.py --path files
 
 The run has everything that draws at random or carries state: drop-path, mixup, cutout, a moving
 average, accumulation over 2 passes, 2 threads; once with the images in memory, once from files
-read by 2 worker processes. It is killed before its first checkpoint, in three or more different
-epochs, and at least twice while a checkpoint is being written (its temporary file is there). Each
-time it is resumed. At the end weights, moving average and optimizer state must have the SHA-256 of
-the undisturbed run, and metrics.jsonl every update exactly once. Exit status 1 if not.
+read by 2 worker processes, once with 2 ranks of a thread each. In its second epoch all its weights
+are overwritten, so that it has to go back to a checkpoint and on with a lower rate.
+
+It is killed before its first checkpoint, in three or more different epochs, and at least twice
+while a checkpoint is being written (its temporary file is there). Each time it is resumed. At the
+end weights, moving average and optimizer state must have the SHA-256 of the undisturbed run, and
+metrics.jsonl every update exactly once. Exit status 1 if not.
 """
 
 import argparse
@@ -47,16 +50,18 @@ SETTINGS = [
     f"train.checkpoint_steps={CHECKPOINT_STEPS}",
 ]
 LIMIT_S = 600
+CASES = ("resident", "files", "ranks")
+SPOIL_AT = 40
 
 
 def main() -> int:
     """Run the test on the chosen paths; 0 if every digest agrees."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", choices=["resident", "files", "both"], default="both")
+    parser.add_argument("--path", choices=[*CASES, "all"], default="all")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--write", action="store_true", help="write the results file")
     options = parser.parse_args()
-    paths = ["resident", "files"] if options.path == "both" else [options.path]
+    paths = CASES if options.path == "all" else [options.path]
     with tempfile.TemporaryDirectory() as name:
         results = {path: run_path(path, Path(name)) for path in paths}
     passed = all(result["passed"] for result in results.values())
@@ -75,17 +80,23 @@ def write_results(content: dict[str, Any]) -> None:
 def run_path(path: str, work: Path) -> dict[str, Any]:
     """Train undisturbed and killed runs of one data path, and compare them."""
     settings = SETTINGS + source_settings(path, work)
+    num_ranks = 2 if path == "ranks" else 1
     calm, killed = work / f"{path}-calm", work / f"{path}-killed"
     say(f"{path}: undisturbed run")
-    finish(start(["digits", *settings], calm))
+    finish(start(["digits", *settings], calm, num_ranks))
     say(f"{path}: killed run")
-    kills = kill_and_resume(["digits", *settings], killed)
+    kills = kill_and_resume(["digits", *settings], killed, num_ranks)
     report = compare(calm, killed) | {"kills": kills}
     inside = sum(kill["writing"] for kill in kills)
     epochs = {kill["epoch"] for kill in kills if kill["epoch"] is not None}
     early = sum(kill["epoch"] is None for kill in kills)
     report["passed"] = bool(
-        report["equal"] and report["steps_once"] and inside >= 2 and len(epochs) >= 3 and early
+        report["equal"]
+        and report["steps_once"]
+        and report["rollbacks"] == 1
+        and inside >= 2
+        and len(epochs) >= 3
+        and early
     )
     say(
         f"{path}: {len(kills)} kills, {early} before the first checkpoint, in epochs "
@@ -98,6 +109,8 @@ def run_path(path: str, work: Path) -> dict[str, Any]:
 
 def source_settings(path: str, work: Path) -> list[str]:
     """Return the settings that choose the data path; writes the digits as files for one."""
+    if path == "ranks":
+        return ["data.storage=resident", "train.threads=1"]
     if path == "resident":
         return ["data.storage=resident"]
     folder = work / "digits"
@@ -119,14 +132,14 @@ def write_digits(folder: Path) -> None:
         Image.fromarray(pixels).save(target)
 
 
-def kill_and_resume(arguments: list[str], out: Path) -> list[dict[str, Any]]:
+def kill_and_resume(arguments: list[str], out: Path, num_ranks: int) -> list[dict[str, Any]]:
     """Kill the run at each planned moment; return what was seen at each kill."""
     steps_per_epoch = None
     kills: list[dict[str, Any]] = []
     plan: list[tuple[str, int]] = [("early", 0)]
     plan += [("writing", 1), ("epoch", 1), ("writing", 2), ("epoch", 2), ("epoch", 3)]
     for kind, epoch in plan:
-        process = start(arguments, out) if not kills else start(["--resume"], out)
+        process = start(["--resume"] if kills else arguments, out, num_ranks)
         folder = out / "checkpoints"
         if kind == "early":
             # The network is built and the updates begin, but nothing has been saved yet.
@@ -138,8 +151,7 @@ def kill_and_resume(arguments: list[str], out: Path) -> list[dict[str, Any]]:
             wait(process, partial(has_reached, folder, target))
             if kind == "writing":
                 wait(process, partial(is_writing, folder))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill(process)
         step = newest_step(folder)
         kills.append(
             {
@@ -149,7 +161,7 @@ def kill_and_resume(arguments: list[str], out: Path) -> list[dict[str, Any]]:
                 "epoch": step // steps_per_epoch if step and steps_per_epoch else None,
             }
         )
-    finish(start(["--resume"], out))
+    finish(start(["--resume"], out, num_ranks))
     return kills
 
 
@@ -171,6 +183,7 @@ def compare(calm: Path, killed: Path) -> dict[str, Any]:
         "digests": digests,
         "equal": digests["calm"] == digests["killed"] and same_lines,
         "steps_once": steps == expected,
+        "rollbacks": (killed / "decisions.jsonl").read_text().count('"rollback '),
     }
 
 
@@ -196,12 +209,38 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
-def start(arguments: list[str], out: Path) -> "subprocess.Popen[bytes]":
-    """Start a training process."""
+def start(arguments: list[str], out: Path, num_ranks: int) -> "subprocess.Popen[bytes]":
+    """Start a training process, or one that starts several ranks."""
     log = out.with_suffix(".log").open("ab")
-    program = str(Path(sys.executable).with_name("fieldmark"))
-    command = [program, "train", *arguments, "--out", str(out)]
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ})
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    program = [sys.executable, *(ranks if num_ranks > 1 else [])]
+    program.append(str(Path(__file__).with_name("spoiled.py")))
+    command = [*program, "train", *arguments, "--out", str(out)]
+    environment = {**os.environ, "SPOIL_AT": str(SPOIL_AT)}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and those that it started, all at once."""
+    family = [process.pid, *children(process.pid)]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(Path("/proc", str(pid)).exists() for pid in family):  # until they let go of the run
+        time.sleep(0.01)
+
+
+def children(parent: int) -> list[int]:
+    """Return the processes that a process started and that are still there."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:  # it has ended since
+            continue
+        if int(text.rsplit(")", 1)[1].split()[1]) == parent:
+            found.append(int(text.split()[0]))
+    return found
 
 
 def finish(process: "subprocess.Popen[bytes]") -> None:

@@ -33,6 +33,8 @@ def _print_scores(facts: dict[str, Any]) -> None:
         rows.append(("top-5 accuracy", _rate(facts["top5_accuracy"])))
     rows.append(("balanced accuracy", _rate(facts["balanced_accuracy"])))
     rows.append(("loss", f"{facts['loss']:.4f} nats"))
+    if "six_views" in facts:
+        rows.append(("top-1 over six views", _rate(facts["six_views"]["top1_accuracy"])))
     facts_table(rows)
 
 

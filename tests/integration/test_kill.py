@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_test.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["resident", "files"])
+@pytest.mark.parametrize("path", ["resident", "files", "ranks"])
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(path: str) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--path", path, "--json"],

@@ -3,7 +3,7 @@
 import math
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from fieldmark.config.section import Frac, Section
 
@@ -165,7 +165,7 @@ class TrainConfig(Section):
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
     method: Literal["gradient", "linear-probe"] = "gradient"
-    epochs: float = Field(default=0.0, ge=0)
+    epochs: NonNegativeFloat | Literal["auto"] = 0.0  # auto: fewer the more images there are
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
     max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it when a run begins

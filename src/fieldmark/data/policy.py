@@ -47,6 +47,7 @@ class Facts:
     is_grey: bool  # three equal channels, in all of the sample
     has_black_edge: bool = False  # the middle edge pixel of the median image
     must_be_resident: bool = False  # data.storage=resident: nothing that needs files
+    is_pretrained: bool = False  # the network knows other images already, and is trained briefly
 
     @property
     def is_small(self) -> bool:
@@ -54,7 +55,13 @@ class Facts:
         return self.native_px <= SMALL_PX
 
 
-def facts_of(split: Split, preprocess: Preprocess, *, must_be_resident: bool = False) -> Facts:
+def facts_of(
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    must_be_resident: bool = False,
+    is_pretrained: bool = False,
+) -> Facts:
     """Return the facts of a training split; sizes and colours are those of a seeded sample."""
     rng = np.random.Generator(np.random.PCG64(derive_seed("policy", len(split))))
     sides, are_grey, edges = [], [], []
@@ -79,6 +86,7 @@ def facts_of(split: Split, preprocess: Preprocess, *, must_be_resident: bool = F
         is_grey=bool(are_grey) and all(are_grey),
         has_black_edge=bool(edges) and float(np.median(edges)) <= BLACK_LEVEL,
         must_be_resident=must_be_resident,
+        is_pretrained=is_pretrained,
     )
 
 
@@ -147,8 +155,15 @@ def describe(config: AugmentConfig) -> str:
 
 
 def _auto(facts: Facts) -> str:
-    """Return the policy for these images: standard where there are many, else strong."""
-    return "standard" if facts.num_images >= ENOUGH_IMAGES else "strong"
+    """Return the policy for these images.
+
+    From scratch, standard where there are many, else strong. Pretrained weights see few images a
+    few times: what is strong is not learned in so short a time (docs/experiments.md), so there it
+    is light, and standard where there are many.
+    """
+    if facts.num_images >= ENOUGH_IMAGES:
+        return "standard"
+    return "light" if facts.is_pretrained else "strong"
 
 
 def _light(facts: Facts) -> Values:

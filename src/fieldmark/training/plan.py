@@ -68,7 +68,9 @@ def make_plan(
 
     def find() -> tuple[int, str]:
         if not train.max_minutes:
-            return total_steps(train, steps_per_epoch), "from train and the data"
+            total = total_steps(train, steps_per_epoch)
+            auto = ", train.epochs=auto" if train.epochs == "auto" else ""
+            return total, f"{total / steps_per_epoch:.3g} epochs, from train and the data{auto}"
         timing = measure()
         eval_steps = train.eval_epochs * steps_per_epoch
         total = fit_total(timing, train.max_minutes * 60, sizes, eval_steps)

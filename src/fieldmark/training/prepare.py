@@ -69,7 +69,9 @@ def load_train_images(
 ) -> TrainImages:
     """Decide size, normalisation, augmentation and storage; decode the images where they fit."""
     spec = preprocess_of(split, model, evaluation, pretrained)
-    augment = decide_augment(augment, split, spec, data, decide)
+    augment = decide_augment(
+        augment, split, spec, data, decide, is_pretrained=pretrained is not None
+    )
     resident = fits_resident(split, spec, augment, data)
     storage = decide("storage", "resident" if resident else "files", f"data.storage={data.storage}")
     pixels = labels = None
@@ -112,12 +114,23 @@ def _with_changes(spec: Preprocess, model: ModelConfig, evaluation: EvalConfig) 
 
 
 def decide_augment(
-    augment: AugmentConfig, split: Split, preprocess: Preprocess, data: DataConfig, decide: Decide
+    augment: AugmentConfig,
+    split: Split,
+    preprocess: Preprocess,
+    data: DataConfig,
+    decide: Decide,
+    *,
+    is_pretrained: bool = False,
 ) -> AugmentConfig:
     """Return what the policy means for these images, and say it; a resumed run keeps it."""
     facts = None
     if needs_facts(augment):
-        facts = facts_of(split, preprocess, must_be_resident=data.storage == "resident")
+        facts = facts_of(
+            split,
+            preprocess,
+            must_be_resident=data.storage == "resident",
+            is_pretrained=is_pretrained,
+        )
     resolved, line = resolve_augment(augment, facts)
     say(line)
     decided = decide("augment", resolved.model_dump(mode="json"), line)

@@ -81,7 +81,9 @@ def draw_preview(
         return value
 
     spec = preprocess_of(splits.train, config.model, config.eval, pretrained)
-    augment = decide_augment(config.augment, splits.train, spec, data, decide)
+    augment = decide_augment(
+        config.augment, splits.train, spec, data, decide, is_pretrained=pretrained is not None
+    )
     resident = fits_resident(splits.train, spec, augment, data)
     if pretrained is None:
         spec = _normalised(splits.train, spec)

@@ -5,6 +5,8 @@ import math
 from fieldmark.config import ScheduleConfig, TrainConfig
 from fieldmark.errors import ConfigError
 
+_AUTO_EPOCHS = 8.0
+
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Return the number of updates that the configured epochs, steps or examples come to.
@@ -17,13 +19,25 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if config.examples:
         steps = config.examples // batch_size
     else:
-        steps = max(config.min_steps, round(config.epochs * steps_per_epoch))
+        epochs = config.epochs
+        if epochs == "auto":
+            epochs = auto_epochs(steps_per_epoch * batch_size)
+        steps = max(config.min_steps, round(epochs * steps_per_epoch))
     if steps < 1:
         raise ConfigError(
             f"training must last at least one update of train.batch_size={batch_size}. "
             "Got less. Raise train.epochs or lower train.batch_size."
         )
     return steps
+
+
+def auto_epochs(num_images: int) -> float:
+    """Return for how many epochs pretrained weights are trained: 8 up to 1,000 images.
+
+    Above, 8 / (images / 1,000)^(1/4): 3 epochs of 50,000 images, 1.3 of ImageNet. The number of
+    updates grows with the data, and that of looks at each image shrinks.
+    """
+    return _AUTO_EPOCHS * min(1.0, (num_images / 1_000) ** -0.25)
 
 
 def warmup_steps(

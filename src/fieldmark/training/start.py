@@ -16,7 +16,7 @@ from fieldmark.data.sizes import size_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
 from fieldmark.errors import ConfigError, DataError, ModelError
-from fieldmark.model import Architecture, Freeze
+from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
@@ -24,6 +24,7 @@ from fieldmark.training.capacity import Run, check_memory, rehearsal, validation
 from fieldmark.training.cost import training_flops
 from fieldmark.training.device import autocast, pick_device, prepare
 from fieldmark.training.features import frozen_digest, linear_head
+from fieldmark.training.hardest import PROXY_SHARE, proxy_network
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.parts import Parts
@@ -141,20 +142,24 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     )
     parts = Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
     session = parts.session(network, validate, device)
-    pflop = _pflop_per_image(network, images, config.model.freeze)
+    pflop = _pflop_per_image(network, images, config)
     ready = Ready(session, splits, images, architecture, pretrained, make_update, pflop)
     say(_cost_sentence(session.plan, ready.cost(session.plan.total)))
     return ready
 
 
-def _pflop_per_image(network: nn.Module, images: TrainImages, freeze: Freeze) -> float | None:
+def _pflop_per_image(network: nn.Module, images: TrainImages, config: RunConfig) -> float | None:
+    kept = config.data.keep_hardest_frac
     spec = images.preprocess
     sizes = [
         (begin, size_at(px, spec.height_px, spec.width_px))
         for begin, px in images.augment.sizes or ((0.0, None),)
     ]
     try:
-        return training_flops(network, sizes, num_images=1, freeze=freeze) / 1e15
+        flops = kept * training_flops(network, sizes, num_images=1, freeze=config.model.freeze)
+        if kept < 1:
+            flops += PROXY_SHARE * training_flops(proxy_network(10, 0), sizes, num_images=1)
+        return flops / 1e15
     except (NotImplementedError, RuntimeError):  # an operation that cannot be traced
         return None
 

@@ -19,7 +19,8 @@ PLAN_FILE = "plan.json"
 _SPLIT_KEYS = {"data.source", "data.val_frac", "data.test_frac", "data.split_seed"}
 _COLUMNS = {"data.image_column", "data.label_column"}
 # Runs of different length are not at the same point of their schedule after the same epoch.
-_LENGTH_KEYS = {"train.epochs", "train.steps", "train.examples", "train.min_steps"}
+_LENGTH_KEYS = {"train.epochs", "train.steps", "train.examples", "train.max_minutes"}
+_LENGTH_KEYS |= {"train.min_steps"}
 
 
 @dataclass(frozen=True)

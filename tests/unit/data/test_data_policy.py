@@ -233,3 +233,12 @@ def test_broken_images_are_no_facts(make_folder, spec):
 def test_rivals_that_are_both_set_are_refused():
     with pytest.raises(ValueError, match="both remove a part"):
         AugmentConfig(policy="auto", cutout_px=3, erase_prob=0.1)
+
+
+def test_pretrained_weights_get_less_where_there_are_few_images() -> None:
+    few = Facts(**{**vars(FEW_PHOTOS), "is_pretrained": True})
+    many = Facts(**{**vars(FEW_PHOTOS), "is_pretrained": True, "num_images": 50_000})
+    resolved, line = resolve_augment(AugmentConfig(policy="auto"), few)
+    assert (resolved.ops, resolved.mixup_alpha, resolved.resized_crop) == ("none", 0.0, True)
+    assert "policy auto: light" in line
+    assert "policy auto: standard" in resolve_augment(AugmentConfig(policy="auto"), many)[1]

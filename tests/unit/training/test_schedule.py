@@ -11,7 +11,7 @@ from timm.scheduler import CosineLRScheduler, StepLRScheduler
 
 from fieldmark.config import ScheduleConfig, TrainConfig
 from fieldmark.errors import ConfigError
-from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
+from fieldmark.training.schedule import auto_epochs, lr_factor, total_steps, warmup_steps
 
 
 def factors(config: ScheduleConfig, total: int, warmup: int) -> list[float]:
@@ -174,3 +174,12 @@ def test_impossible_durations_are_refused() -> None:
         total_steps(TrainConfig(epochs=0.01, batch_size=8), 10)
     with pytest.raises(ConfigError, match="shorter than the run of 10 updates. Got 10"):
         warmup_steps(ScheduleConfig(warmup_steps=10), total=10, steps_per_epoch=5, batch_size=1)
+
+
+def test_epochs_of_fine_tuning_fall_with_the_number_of_images() -> None:
+    assert auto_epochs(100) == auto_epochs(1_000) == 8
+    assert auto_epochs(50_000) == pytest.approx(3.008, abs=1e-3)
+    assert auto_epochs(1_281_167) == pytest.approx(1.337, abs=1e-3)
+    auto = TrainConfig(epochs="auto", min_steps=60, batch_size=100)
+    assert total_steps(auto, 500) == 1504
+    assert total_steps(auto, 2) == 60
