@@ -352,7 +352,7 @@ def serve(
 
 
 def recipes() -> list[dict[str, str]]:
-    """Return name, summary, result and evidence of every recipe."""
+    """Return name, summary, cost, result and evidence of every recipe."""
     from fieldmark.cookbook import describe_recipes
 
     return describe_recipes()

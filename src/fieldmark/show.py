@@ -220,7 +220,12 @@ def show_recipes(recipes: list[dict[str, str]], as_json: bool) -> None:
     rows = []
     for item in recipes:
         evidence = item["evidence"] or "expected or published, not measured"
-        rows += [(item["name"], item["summary"]), ("", f"{item['result']} [{evidence}]"), ("", "")]
+        rows += [
+            (item["name"], item["summary"]),
+            ("", f"{item['result']} [{evidence}]"),
+            ("", f"Cost: {item['cost']}"),
+            ("", ""),
+        ]
     facts_table(rows)
 
 

@@ -1,10 +1,16 @@
 """Every recipe builds, round-trips, and says how to run it, where it is from, what it gives."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from fieldmark.config import RunConfig
 from fieldmark.cookbook import RECIPES, find_recipe
 from fieldmark.model import Architecture, adapt_architecture, build, num_parameters
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import recipe_costs
 
 
 def test_there_are_recipes() -> None:
@@ -40,3 +46,10 @@ def test_the_baseline_has_the_textbook_settings() -> None:
     assert (config.schedule.name, config.train.epochs) == ("cosine", 200)
     assert (config.augment.crop_pad_px, config.augment.flip) == (4, "random")
     assert (config.train.batch_size, config.loss.label_smoothing) == (128, 0)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_s_cost_is_what_its_settings_come_to(name: str) -> None:
+    found = recipe_costs.cost(find_recipe(name))
+    said = RECIPES[name].line("Cost")
+    assert said == (recipe_costs.sentence(*found) if found else "depends on the data.")

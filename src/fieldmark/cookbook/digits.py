@@ -17,6 +17,7 @@ def digits() -> RunConfig:
     """A narrow airnet on 8x8 handwritten digits enlarged to 32 px: the quickstart.
 
     Run:    fieldmark train digits --out runs/digits
+    Cost:   depends on the data.
     Source: Alpaydin and Kaynak 1998, UCI "Optical Recognition of Handwritten Digits".
     Result: 97 to 99.5 % expected on the held-out tenth.
     """

@@ -22,6 +22,7 @@ def finetune() -> RunConfig:
     alone, which is quicker on a CPU and less accurate; then optim.lr=1e-3 suits it.
 
     Run:    fieldmark train finetune data.source=folder:PATH model.pretrained=local-dir:PATH
+    Cost:   depends on the data.
     Source: Kornblith et al. 2019, arXiv:1805.08974, section 4.
     Result: depends on the data; it is measured on a held-out part of yours.
     """

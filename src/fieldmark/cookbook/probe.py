@@ -13,6 +13,7 @@ def linear_probe() -> RunConfig:
     which costs twice the time; not for letters, digits, or anything that has a left and a right.
 
     Run:    fieldmark train linear-probe data.source=folder:PATH model.pretrained=local-dir:PATH
+    Cost:   depends on the data.
     Source: Kornblith et al. 2019, arXiv:1805.08974, section 3.
     Result: depends on the data; it is measured on a held-out part of yours.
     """

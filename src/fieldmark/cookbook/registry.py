@@ -90,11 +90,12 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> RunConfig:
 
 
 def describe_recipes() -> list[dict[str, str]]:
-    """Return name, summary, result and evidence of every recipe, by name."""
+    """Return name, summary, cost, result and evidence of every recipe, by name."""
     return [
         {
             "name": name,
             "summary": found.summary,
+            "cost": found.line("Cost"),
             "result": found.line("Result"),
             "evidence": found.evidence or "",
         }

@@ -118,7 +118,8 @@ class Session:
         self._beginning: dict[str, Any] | None = state.copied()
         self.best: Best | None = None
         self.done = self._saved_at = 0
-        remove_temporary(run.checkpoints)
+        if run.writes:
+            remove_temporary(run.checkpoints)
         self.start = self._load_newest()
         if self.start:
             say(f"resuming after update {self.start} of {plan.total}")
