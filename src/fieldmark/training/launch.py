@@ -12,6 +12,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fieldmark.errors import Interrupted, Preempted
 
+_FAREWELL_S = 120  # for an update and a checkpoint after a signal; then processes are killed
+
 
 def launch(num_processes: int, arguments: Sequence[str]) -> int:
     """Run `fieldmark ARGUMENTS` in so many processes; return the exit status of the run.
@@ -30,6 +32,8 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
         local_addr="localhost",
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",  # passed on
+        shutdown_timeout=_FAREWELL_S,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "fieldmark", *arguments)

@@ -218,9 +218,12 @@ def test_a_rank_that_is_killed_ends_the_run_and_does_not_hang(
     assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
 
 
-def test_a_signal_saves_a_checkpoint_and_says_resume_me(tmp_path: Path, resnet: list[str]) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_and_says_resume_me(
+    tmp_path: Path, resnet: list[str], sent: signal.Signals
+) -> None:
     process = _start(resnet, tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
     assert told.count("its checkpoint is saved. Resume with") == 1
