@@ -83,6 +83,10 @@ class AirNet(nn.Module):
         """Return what learns in the stem: the whitening filters' biases."""
         return [p for name, p in self.whiten.named_parameters() if name == "bias"]
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return what tells the layers apart, as timm asks for it: layer-wise rates."""
+        return {"stem": r"^whiten", "blocks": r"^groups\.(\d+)"}
+
     def get_classifier(self) -> nn.Module:
         """Return the head, as timm asks for it."""
         return self.head

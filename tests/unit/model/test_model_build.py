@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fieldmark.errors import ModelError, UnknownName
 from fieldmark.model import (
@@ -110,6 +111,22 @@ def test_airnet_is_the_published_network() -> None:
     assert 1.96e6 < trained < 1.99e6
     x = torch.randn(2, 3, 32, 32)
     assert network.forward_features(x).shape == (2, 256, 3, 3)
+
+
+def test_airnet_can_be_deeper_and_start_otherwise() -> None:
+    args = {"widths": [8, 16, 16], "depth": 3, "stem_bias": "uniform", "head_std": 1.0}
+    network = build(Architecture("airnet", 10, args))
+    assert abs(float(network.head.weight.detach().std()) - 1) < 1e-6
+    assert 0 < float(network.whiten.bias.detach().abs().max()) <= 12**-0.5
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    group = network.groups[0]
+    with torch.no_grad():  # nothing comes of the third convolution: its input passes by it
+        group.conv3.weight.zero_()
+        x = torch.randn(2, 24, 31, 31)
+        shortcut = F.gelu(group.norm1(F.max_pool2d(group.conv1(x), 2)))
+        assert torch.allclose(group(x), F.gelu(shortcut))
+    with pytest.raises(ModelError, match="depth 2 or 3"):
+        build(Architecture("airnet", 10, {"depth": 4}))
 
 
 def test_airnet_starts_as_an_identity_and_whitens_its_images() -> None:

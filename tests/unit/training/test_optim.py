@@ -96,12 +96,26 @@ def test_filters_of_muon_are_groups_of_their_own() -> None:
 
 
 def test_a_network_without_layers_is_refused_in_a_sentence() -> None:
+    class Layerless(nn.Linear):
+        def get_classifier(self) -> nn.Module:
+            return self
+
+    module = Layerless(12, 4)
+    with pytest.raises(ConfigError, match=r"layer_decay must be 1 for Layerless.*layer_decay=1"):
+        parameter_groups(module, OptimConfig(layer_decay=0.9))
+
+
+def test_airnet_s_layers_learn_ever_faster_towards_the_head() -> None:
     module = build(Architecture("airnet", 4, {"widths": [8, 8, 8]}))
-    if hasattr(module, "group_matcher"):
-        pytest.fail("airnet names its layers now: choose another network for this test")
-    make_optimizer(module, OptimConfig(lr=0.1))
-    with pytest.raises(ConfigError, match=r"layer_decay must be 1 for AirNet.*optim.layer_decay=1"):
-        make_optimizer(module, OptimConfig(lr=0.1, layer_decay=0.9))
+    groups = parameter_groups(module, OptimConfig(lr=1.0, layer_decay=0.5))
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates == {
+        "layer 0": 1 / 16,
+        "layer 1": 1 / 8,
+        "layer 2": 1 / 4,
+        "layer 3": 1 / 2,
+        "head": 1,
+    }
 
 
 def test_patterns_of_no_weight_decay_are_understood() -> None:
