@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/models.py NAME --data hf:PATH_OF_CIFAR10 [--weights local-dir:PATH]
 
 cifar10            an airnet of the recipe cifar10-fast94
-cifar10-lite0      tf_efficientnet_lite0 from --weights, fine-tuned at 96 px
+cifar10-lite0      tf_efficientnet_lite0 from --weights, fine-tuned at 128 px in an hour
 member-0,1,2       three smaller airnets of different seeds, for an ensemble
 
 Prints the run's folder, which is a PACKAGE to every verb. A run that was cut short is resumed.
@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+import finetune
+
 import fieldmark
 from fieldmark.errors import FieldmarkError, UnknownName
 
@@ -21,7 +23,7 @@ NEEDS_WEIGHTS = ("cifar10-lite0",)
 MEMBER = ["train.epochs=2", "augment.sizes=[]"]
 MODELS: dict[str, tuple[str, list[str]]] = {
     "cifar10": ("cifar10-fast94", []),
-    "cifar10-lite0": ("cifar10-finetune", []),
+    "cifar10-lite0": finetune.JOBS["finetune"],
     **{f"member-{n}": ("cifar10-fast94", [*MEMBER, f"train.seed={n}"]) for n in range(3)},
 }
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from fieldmark.cookbook import load_recipe
 from fieldmark.data.images import ArrayImages
 from fieldmark.data.source import Source, Split, open_source
 from fieldmark.errors import DataError
@@ -112,3 +113,23 @@ def test_the_long_tail_is_chosen_once_and_reads_back(
     monkeypatch.setattr(imbalance, "LARGEST", 31)
     with pytest.raises(DataError, match="must have 31 train images of b. Got 30"):
         imbalance.choose(source)
+
+
+def test_the_settings_of_races_models_and_fine_tuning_are_understood(
+    results_file: ModuleType,
+) -> None:
+    import finetune
+    import models
+    import profile_step
+    import race
+
+    told = [(race.RECIPE, settings) for settings in race.ARMS.values()]
+    told += [(race.RECIPE, settings) for settings in profile_step.CASES.values()]
+    told += [*models.MODELS.values(), *finetune.JOBS.values()]
+    for recipe, settings in told:
+        load_recipe(recipe, [*settings, "model.pretrained=x"] if "probe" in recipe else settings)
+    plain = load_recipe(race.RECIPE, race.ARMS["plain"])
+    assert (plain.train.batch_size, plain.train.epochs, plain.augment.sizes) == (2000, 8, ())
+    assert plain.optim.filter_lr == 0.24
+    assert plain.optim.weight_decay * plain.optim.lr == pytest.approx(4e-3)
+    assert len({race.fingerprint(arm) for arm in race.ARMS}) == len(race.ARMS)
