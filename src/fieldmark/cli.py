@@ -73,7 +73,7 @@ def train(
 
     Example: fieldmark train cifar10-smoke train.epochs=2 --out runs/smoke
     """
-    if devices > 1 and "WORLD_SIZE" not in os.environ:
+    if devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise typer.Exit(pipeline.launch(devices, sys.argv[1:]))
     result = pipeline.train(recipe, settings or [], out=out, resume=resume, pie=pie)
     if result.facts:  # other processes than the first have none

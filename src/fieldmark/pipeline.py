@@ -102,7 +102,7 @@ def _train(run: "RunFolder", resume: bool) -> Result:
             return Result(run.path, train_probe(run, config, finish_run, resume=resume))
         try:
             ready = start_session(run, config, make_validation)
-        except (FieldmarkError, KeyboardInterrupt):
+        except (FieldmarkError, KeyboardInterrupt, RuntimeError):  # of another process, too
             if not resume:
                 run.discard()  # nothing was trained: the same command can be tried again
             raise

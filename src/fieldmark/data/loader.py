@@ -36,7 +36,7 @@ from fieldmark.errors import DataError, ImageError
 from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.log import warn
 
-_PREFETCHED = 3  # micro-batches per worker
+PREFETCHED = 3  # micro-batches per worker
 _NAMED_FILES = 5
 _SIGNAL_WAIT_S = 0.2
 
@@ -160,7 +160,7 @@ class FileBatches:
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_ignore_stop_signals,
-            prefetch_factor=_PREFETCHED if self._num_workers else None,
+            prefetch_factor=PREFETCHED if self._num_workers else None,
             # Its own generator: the default would draw from torch's global one, and dropout would
             # then depend on how often an iterator was started.
             generator=torch.Generator(),

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,13 +16,15 @@ from fieldmark.model import Freeze
 from fieldmark.training.average import MovingAverage
 from fieldmark.training.device import autocast, make_scaler
 from fieldmark.training.lookahead import Lookahead
-from fieldmark.training.loop import UpdateRule, train_steps
+from fieldmark.training.loop import Step, UpdateRule, train_steps
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer, stem_parameters
 from fieldmark.training.plan import Timing
 from fieldmark.training.ranks import Ranks
 from fieldmark.training.session import Batches, Validate, closing_if_it_can
 from fieldmark.training.state import TrainState
+
+_TIMED_S, _PATIENCE_S, _MOST_TIMED = 2.0, 60.0, 100_000
 
 
 def make_rule(
@@ -55,7 +57,8 @@ def make_rule(
                 "train.sync_batch_norm needs CUDA: torch has no such kernel for a CPU. Set it to "
                 "false; norm statistics of several processes are combined after each update."
             )
-        network = convert_sync_batchnorm(network)
+        # A copy: the original is what memory is measured with, by one process alone.
+        network = convert_sync_batchnorm(copy.deepcopy(network))
     forward = torch.compile(network) if train.compile else network
     return UpdateRule(
         network=network,
@@ -98,27 +101,45 @@ def make_state(
     )
 
 
+def _advance(steps: Iterator[Step], at_least: int, seconds: float) -> int:
+    """Make so many updates, and for so long; return how many. Slow ones are cut short."""
+    began, count = time.monotonic(), 0
+    while True:
+        float(next(steps).loss)  # waits for the device
+        count += 1
+        spent = time.monotonic() - began
+        if (count >= at_least and spent >= seconds) or spent > _PATIENCE_S:
+            return count
+
+
 def measure_timing(
     make_rule: Callable[[nn.Module], UpdateRule],
     network: nn.Module,
     batches_at: Callable[[int], Batches],
     sizes: Sequence[int],
     validate: Validate | None,
+    *,
+    num_prepared: int = 0,
 ) -> Timing:
-    """Time one update at each image size, after one that is not counted, and one validation.
+    """Time updates at each image size, after some that are not counted, and one validation.
 
     Everything happens on a copy of the network.
+
+    Args:
+        num_prepared: updates that processes have read beforehand while the first one was made. As
+            many are not counted, and as many are, so that a run that waits for its images is timed
+            waiting for them.
     """
     spare = copy.deepcopy(network)
     rule = replace(make_rule(spare), lr_factor=lambda _: 0.0)  # the copy must not diverge
     update_s = {}
     for px in dict.fromkeys(sizes):
         with closing_if_it_can(batches_at(px).batches(0)) as batches:
-            steps = train_steps(rule, batches, start_step=0, total_steps=2)
-            float(next(steps).loss)
+            steps = train_steps(rule, batches, start_step=0, total_steps=_MOST_TIMED)
+            _advance(steps, 1 + num_prepared, 0.0)
             began = time.monotonic()
-            float(next(steps).loss)
-            update_s[px] = time.monotonic() - began
+            count = _advance(steps, max(1, num_prepared), _TIMED_S)
+            update_s[px] = (time.monotonic() - began) / count
     began = time.monotonic()
     if validate is not None:
         validate(spare.eval())

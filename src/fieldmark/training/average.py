@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 WARMUP_POWER = 2 / 3
+_HAS_BEGUN = "has_begun"
 
 
 class MovingAverage:
@@ -26,6 +27,9 @@ class MovingAverage:
         self.module = copy.deepcopy(network).eval()
         self._decay, self._warmup, self._every = decay, warmup, every
         self._network = network
+        # Whether it has moved at all: the first update, which would copy the network, may have
+        # been skipped.
+        self._has_begun = torch.zeros((), dtype=torch.bool, device=_device(network))
 
     def decay_at(self, step: int) -> float:
         """Return which fraction of the average update `step` (1 for the first) keeps."""
@@ -48,24 +52,33 @@ class MovingAverage:
         decay = self.decay_at(step)
         if decay == 1.0:
             return
-        averages, current = [], []
+        share = torch.where(self._has_begun, 1 - decay, 1.0)
         for average, value in zip(_tensors(self.module), _tensors(self._network), strict=True):
             # A choice, not a product with 0: norm statistics may hold NaN after a bad update.
             taken = value if is_finite is None else torch.where(is_finite, value, average)
             if average.is_floating_point():
-                averages.append(average)
-                current.append(taken)
+                average.lerp_(taken, share.to(average.dtype))
             else:
                 average.copy_(taken)
-        torch._foreach_lerp_(averages, current, 1 - decay)
+        self._has_begun |= True if is_finite is None else is_finite
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: the averaged network's own state."""
-        return self.module.state_dict()
+        """Return what a checkpoint keeps: the averaged network's own state, and if it has moved."""
+        return self.module.state_dict() | {_HAS_BEGUN: self._has_begun}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state of a network of the same kind."""
-        self.module.load_state_dict(state)
+        self.module.load_state_dict(weights_of(state))
+        self._has_begun.fill_(bool(state.get(_HAS_BEGUN, True)))
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the averaged network's own state, out of an average's."""
+    return {name: value for name, value in state.items() if name != _HAS_BEGUN}
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -21,6 +21,7 @@ from fieldmark.runtime.files import is_disk_full, sha256_bytes, write_atomic
 from fieldmark.runtime.files import remove_temporary as remove_temporary
 from fieldmark.runtime.log import warn
 
+IS_STOP = "is_stop"  # in a header's `extra`: a signal made it, and only a resumed run reads it
 MAGIC = "fieldmark-checkpoint-1"
 _HEADER_MAX_BYTES = 2**20
 
@@ -172,9 +173,27 @@ def must_fit(step: int) -> Iterator[None]:
         ) from error
 
 
+def drop_stops(folder: Path) -> None:
+    """Delete the checkpoints that signals made."""
+    _delete(path for path in folder.glob("step-*.ckpt") if _is_stop(path))
+
+
+def _is_stop(path: Path) -> bool:
+    try:
+        return bool(read_header(path).extra.get(IS_STOP))
+    except CheckpointError:
+        return False
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best that each of those names."""
+    """Delete all but the newest `keep` checkpoints and the best that each of those names.
+
+    One that a signal made stays while it is the newest, and does not count.
+    """
     paths = sorted(folder.glob("step-*.ckpt"), reverse=True)
+    stops = {path for path in paths if _is_stop(path)}
+    _delete(stops - set(paths[:1]))
+    paths = [path for path in paths if path not in stops]
     kept = set(paths[:keep])
     for path in paths[:keep]:
         try:

@@ -5,8 +5,8 @@ clips, and an initialisation whose signal grows or dies from layer to layer.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ _MAX_INPUT_MEAN, _MAX_INPUT_STD, _MIN_INPUT_STD = 3.0, 5.0, 0.1
 _MAX_LAYER_STD, _MIN_LAYER_STD = 1e3, 1e-5
 _LARGE_NORM_RATIO = 10.0
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Update = Sequence[tuple[Tensor, Tensor]]
+"""(images, targets) of each of its micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def diagnose(
     *,
     fault: Fault,
     lines: Sequence[Line],
-    batches: Batches,
+    update: Update,
     at_fault: Signal,
     lr: float,
     rollbacks: int,
@@ -89,24 +90,22 @@ def diagnose(
 
     Args:
         lines: metrics of the last updates, the bad ones among them.
-        batches: from the first bad update on.
+        update: the micro-batches of the first bad update, of this rank.
         at_fault: `layer_signal` of the bad weights.
         lr: the rate at the fault.
     """
-    images, targets = next(batches)
-    when_sound = layer_signal(rule.network, images)
-    relative_step = _relative_step(rule, images, targets, batches, fault.step)
-    is_finite = torch.isfinite(images)
-    finite = images[is_finite]
+    when_sound = layer_signal(rule, update)
+    relative_step = _relative_step(rule, update, fault.step)
+    mean, std, finite_frac = _input_statistics(rule, update)
     bad = [line for line in lines if line["step"] >= fault.step]
     norms = [line["grad_norm"] for line in bad]
     found = Diagnosis(
         cause="",
         what=fault.sentence(),
         rollbacks=rollbacks,
-        input_mean=_number(finite.mean()) if len(finite) else None,
-        input_std=_number(finite.std()) if len(finite) > 1 else None,
-        input_finite_frac=float(is_finite.float().mean()),
+        input_mean=mean,
+        input_std=std,
+        input_finite_frac=finite_frac,
         lr=lr,
         relative_step=relative_step,
         sound_grad_norm=_median([line["grad_norm"] for line in lines if line["step"] < fault.step]),
@@ -115,12 +114,15 @@ def diagnose(
         at_fault=at_fault,
         when_sound=when_sound,
     )
-    return Diagnosis(**{**_fields(found), "cause": _cause(found, fault)})
+    # Each rank has measured its own part; they must tell the same.
+    return rule.ranks.share(replace(found, cause=_cause(found, fault)))
 
 
 @torch.no_grad()
-def layer_signal(network: nn.Module, images: Tensor) -> Signal:
-    """Return how large each layer's output is for a batch, in training mode."""
+def layer_signal(rule: UpdateRule, update: Update) -> Signal:
+    """Return how large each layer's output is in training mode, of the worst micro-batch."""
+    network = rule.network
+    images = max((part for part, _ in update), key=lambda part: _num_bad(part) + (len(part) > 0))
     seen: list[tuple[str, float]] = []
 
     def listen(name: str) -> Any:
@@ -136,7 +138,8 @@ def layer_signal(network: nn.Module, images: Tensor) -> Signal:
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         network.train()
-        network(images)
+        with rule.autocast():
+            network(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -150,19 +153,42 @@ def layer_signal(network: nn.Module, images: Tensor) -> Signal:
     return Signal(broken, *largest, *smallest)
 
 
-def _relative_step(
-    rule: UpdateRule, images: Tensor, targets: Tensor, rest: Batches, step: int
-) -> float | None:
-    """Make the update that failed once more; return how far it moves the weights."""
+def _num_bad(images: Tensor) -> float:
+    return float((~torch.isfinite(images)).sum())
+
+
+def _input_statistics(rule: UpdateRule, update: Update) -> tuple[float | None, float | None, float]:
+    """Return mean and standard deviation of the finite inputs over all ranks, and their share."""
+    sums = torch.zeros(4, dtype=torch.float64)  # values, finite ones, their sum, that of squares
+    for images, _ in update:
+        finite = images[torch.isfinite(images)].double()
+        sums += torch.stack(
+            [
+                torch.tensor(float(images.numel())),
+                torch.tensor(float(finite.numel())),
+                finite.sum().cpu(),
+                finite.square().sum().cpu(),
+            ]
+        )
+    values, num_finite, total, squares = rule.ranks.total(sums).tolist()
+    share = num_finite / values if values else 1.0
+    if not num_finite:
+        return None, None, share
+    mean = total / num_finite
+    return mean, math.sqrt(max(0.0, squares / num_finite - mean**2)), share
+
+
+def _relative_step(rule: UpdateRule, update: Update, step: int) -> float | None:
+    """Make the update that failed once more; return how far it moves the weights.
+
+    None: it is refused again, and moves nothing.
+    """
     params = [p for p in rule.network.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in params]
 
-    def again() -> Batches:
-        yield images, targets
-        yield from rest
-
-    for _ in train_steps(rule, again(), start_step=step - 1, total_steps=step):
-        pass
+    (again,) = train_steps(rule, iter(update), start_step=step - 1, total_steps=step)
+    if not again.is_finite:
+        return None
     moved = _norm([p.detach() - old for p, old in zip(params, before, strict=True)])
     norm = _norm(before)
     return _number(moved / norm)
@@ -191,7 +217,7 @@ def _cause(found: Diagnosis, fault: Fault) -> str:
 
 
 def _advise_input(found: Diagnosis) -> str:
-    if found.input_finite_frac < 1:
+    if found.input_finite_frac < 1 or found.input_mean is None:
         return (
             f"The images are at fault: {1 - found.input_finite_frac:.2%} of a batch's values are "
             "not finite. Check the data."
@@ -237,10 +263,6 @@ _ADVICE = {
     "clipping": _advise_clipping,
     "initialisation": _advise_initialisation,
 }
-
-
-def _fields(found: Diagnosis) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Diagnosis.__dataclass_fields__}
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

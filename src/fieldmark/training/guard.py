@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Guard:
@@ -18,13 +17,14 @@ class Guard:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._statistics = list(norm_statistics(network))
-        self.statistics: list[Tensor] = []  # as they were before this update's forward passes
+        # All buffers: batch norms are not the only modules that keep statistics.
+        self._buffers = list(network.buffers())
+        self.before: dict[int, Tensor] = {}  # id of a buffer -> what it was before this update
 
     @torch.no_grad()
     def before_forward(self) -> None:
-        """Keep the norm statistics, which the forward pass changes."""
-        self.statistics = [buffer.clone() for buffer in self._statistics]
+        """Keep the buffers, of which the forward pass changes the norm statistics."""
+        self.before = {id(buffer): buffer.clone() for buffer in self._buffers}
 
     @torch.no_grad()
     def step(self, scaler: torch.amp.GradScaler, is_finite: Tensor) -> None:
@@ -33,15 +33,15 @@ class Guard:
             if is_finite:
                 scaler.step(self._optimizer)
             else:
-                for buffer, before in zip(self._statistics, self.statistics, strict=True):
-                    buffer.copy_(before)
+                for buffer in self._buffers:
+                    buffer.copy_(self.before[id(buffer)])
             return
         kept = [(tensor, tensor.clone()) for tensor in self._moving()]
         known = {id(tensor) for tensor, _ in kept}
         scaler.step(self._optimizer)
         # State that this very step made is emptied rather than restored.
         kept += [(t, torch.zeros_like(t)) for t in self._moving() if id(t) not in known]
-        kept += zip(self._statistics, self.statistics, strict=True)
+        kept += [(buffer, self.before[id(buffer)]) for buffer in self._buffers]
         for tensor, before in kept:
             tensor.copy_(torch.where(is_finite, tensor, before))
 
@@ -53,10 +53,3 @@ class Guard:
                 for value in self._optimizer.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.device == parameter.device:
                         yield value
-
-
-def norm_statistics(network: nn.Module) -> Iterator[Tensor]:
-    """Yield the running statistics of the network's batch norms."""
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            yield from module.buffers(recurse=False)

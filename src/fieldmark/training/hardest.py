@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fieldmark.errors import RunError
+from fieldmark.errors import NonFiniteLoss, RunError
 from fieldmark.model import Architecture, build
 from fieldmark.runtime.files import sha256_bytes, write_atomic
 from fieldmark.runtime.log import progress, say
@@ -114,6 +114,11 @@ def find_hardest(
             for group in rule.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_factor(step)
             losses = _losses(rule, source, learns=step % _LEARN_EVERY == 0)
+            if not torch.isfinite(losses).all():
+                raise NonFiniteLoss(
+                    "the small network that picks the hardest images has losses that are not "
+                    f"finite in update {step + 1}. Lower optim.lr, or set data.keep_hardest_frac=1."
+                )
             masks[step, losses.topk(keep).indices.cpu().numpy()] = True
             bar.advance(rule.batch_size)
     close = getattr(source, "close", None)

@@ -1,12 +1,14 @@
 """What a run reports, in lines on disk, and what these say of how it is going."""
 
 from collections import deque
+from functools import partial
 
 from fieldmark.runtime.log import warn
 from fieldmark.training.loop import Step
 from fieldmark.training.run_folder import RunFolder
-from fieldmark.training.watch import HISTORY, Fault, Line, examine, read_steps
+from fieldmark.training.watch import Fault, Line, Watch, read_steps
 
+KEPT_LINES = 140  # for a diagnosis
 FLUSH_STEPS = 20  # losses are read, checked and written this often: each reading waits for the GPU
 
 
@@ -25,11 +27,16 @@ class Journal:
     ) -> None:
         self._run, self._steps_per_epoch, self._lr = run, steps_per_epoch, lr
         self._is_scaled = is_scaled
-        self._bad_updates, self._spike_factor = bad_updates, spike_factor
+        self._new_watch = partial(Watch, bad_updates=bad_updates, spike_factor=spike_factor)
+        self._watch = self._new_watch()
         self._pending: list[Step] = []
-        self.lines: deque[Line] = deque(maxlen=HISTORY + 2 * FLUSH_STEPS)
+        self.lines: deque[Line] = deque(maxlen=KEPT_LINES)
         self.note = ""  # what the progress bar shows of the last update that was read
-        self.is_calm = True  # the last update that was read was sound
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the state after the last update that was read is one to go back to."""
+        return self._watch.is_calm
 
     def add(self, step: Step) -> Fault | None:
         """Take an update in; return what is wrong, if it was time to look and something is."""
@@ -47,13 +54,10 @@ class Journal:
             is_scaled=self._is_scaled,
         )
         self._pending.clear()
-        verdict = examine(
-            self.lines, lines, bad_updates=self._bad_updates, spike_factor=self._spike_factor
-        )
+        faults = [self._watch.take(line) for line in lines]
         self._run.append_metrics(lines)
         self._run.exchange()
         self.lines.extend(lines)
-        self.is_calm = verdict.is_calm
         skipped = [line for line in lines if line.get("skipped") in ("non-finite", "input")]
         if skipped:
             part = "images" if skipped[0]["skipped"] == "input" else "loss or gradient"
@@ -63,15 +67,17 @@ class Journal:
             )
         loss = lines[-1]["loss"]
         self.note = f"loss {'-' if loss is None else f'{loss:.3f}'}  lr {lines[-1]['lr']:.3g}"
-        return verdict.fault
+        return next((fault for fault in faults if fault is not None), None)
 
     def rewind(self, step: int) -> None:
         """Forget what came after update `step`, on disk too: it will come again."""
         self._run.rewind_metrics(step)
         self._pending.clear()
         self.lines.clear()
-        self.lines.extend(self._run.last_metrics(HISTORY, step))
-        self.is_calm = True
+        self._watch = self._new_watch()
+        for line in self._run.train_metrics():
+            self._watch.take(line)
+            self.lines.append(line)
 
     def validated(self, line: Line) -> None:
         """Add the line of a validation."""

@@ -22,6 +22,9 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     """
     # Its own tables repeat what the processes say of themselves.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"]  # passed on
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signals.append("SIGHUP")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -32,7 +35,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
         local_addr="localhost",
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",  # passed on
+        signals_to_handle=",".join(signals),
         shutdown_timeout=_FAREWELL_S,
     )
     try:

@@ -29,6 +29,10 @@ class Step:
     lr_factor: float  # this update's lr / initial lr
 
 
+def _no_slowdown(_step: int) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
     """What an update consists of, beside the data."""
@@ -48,6 +52,7 @@ class UpdateRule:
     sums_examples: bool = False  # the gradient is that of the loss's sum, not of its mean
     stem: Sequence[nn.Parameter] = ()  # learns for `stem_steps` updates, ever more slowly
     stem_steps: int = 0
+    slowdown: Callable[[int], float] = _no_slowdown  # the part of lr_factor that is rollbacks
     ranks: Ranks = field(default_factory=Alone)
 
 
@@ -75,7 +80,10 @@ def train_steps(
         _set_rates(rule, index - 1, factor)
         guard.before_forward()
         loss, inputs_are_finite = _accumulate(rule, batches, params[0].device)
-        rule.ranks.combine_statistics(rule.network, guard.statistics, rule.accumulation_steps)
+        rule.ranks.combine_statistics(rule.network, guard.before, rule.accumulation_steps)
+        if rule.stem_steps and index > rule.stem_steps:
+            for parameter in rule.stem:  # which several ranks exchange all the same
+                parameter.grad = None
         rule.scaler.unscale_(rule.optimizer)  # so that the norm and the clipping see true gradients
         grads = [p.grad for p in params if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
@@ -96,7 +104,8 @@ def _set_rates(rule: UpdateRule, step: int, factor: float) -> None:
     for group in rule.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
         if group.get("stem") and rule.stem_steps:
-            group["lr"] = group["initial_lr"] * max(0.0, 1 - step / rule.stem_steps)
+            share = max(0.0, 1 - step / rule.stem_steps) * rule.slowdown(step)
+            group["lr"] = group["initial_lr"] * share
     # With several processes the gradient is exchanged all the same: what is, was settled before.
     if rule.stem_steps and rule.ranks.world == 1:
         for parameter in rule.stem:

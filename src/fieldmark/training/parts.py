@@ -1,5 +1,6 @@
 """The session of a run, put together from what was decided about it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from fieldmark.config import RunConfig
+from fieldmark.data.loader import PREFETCHED
 from fieldmark.data.sizes import image_px_at
 from fieldmark.data.split import Splits
 from fieldmark.errors import ConfigError
@@ -51,6 +53,7 @@ class Parts:
                 lambda px: self._batches(device, lambda _: px),
                 [px for _, px in sizes],
                 validate,
+                num_prepared=self._num_prepared(),
             ),
         )
         image_px = None
@@ -70,6 +73,14 @@ class Parts:
             plan=plan,
             train=train,
             optim=config.optim,
+        )
+
+    def _num_prepared(self) -> int:
+        """Return how many updates worker processes read ahead."""
+        if self.images.pixels is not None:
+            return 0
+        return math.ceil(
+            self.config.data.num_workers * PREFETCHED / self.config.train.accumulation_steps
         )
 
     def _hardest(

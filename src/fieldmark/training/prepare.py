@@ -43,6 +43,9 @@ BROKEN = "broken "  # kind of the decision that records a broken image, before i
 Decide = Callable[[str, Any, str], Any]
 """kind, value, why -> the value decided the first time."""
 
+LeaveOut = Callable[[str, str], None]
+"""Told of each broken image: kind of the decision, reason."""
+
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -66,6 +69,7 @@ def load_train_images(
     evaluation: EvalConfig,
     pretrained: ResolvedModel | None,
     decide: Decide,
+    leave_out: LeaveOut,
 ) -> TrainImages:
     """Decide size, normalisation, augmentation and storage; decode the images where they fit."""
     spec = preprocess_of(split, model, evaluation, pretrained)
@@ -77,7 +81,7 @@ def load_train_images(
     pixels = labels = None
     if storage == "resident":
         pixels, labels, broken = load_resident(split, spec, data.max_resident_mb * 2**20)
-        report_broken(broken, len(split), data.max_broken_frac, decide)
+        report_broken(broken, len(split), data.max_broken_frac, leave_out)
     if pretrained is None:
         sample = pixels if pixels is not None else _sample_pixels(split, spec)
         measured = decide("normalisation", measure_normalisation(sample), "of the train images")
@@ -149,10 +153,11 @@ def check_splits(
     preprocess: Preprocess,
     max_broken_frac: float,
     decide: Decide,
+    leave_out: LeaveOut,
 ) -> Splits:
     """Return the splits with every held-out image known to decode; records where each is from."""
     splits = check_held_out(splits, preprocess)
-    report_broken(list(splits.broken), len(splits.train), max_broken_frac, decide)
+    report_broken(list(splits.broken), len(splits.train), max_broken_frac, leave_out)
     for name, origin in splits.origin.items():
         decide(f"split {name}", len(splits.parts().get(name, ())), origin)
     return splits
@@ -209,7 +214,7 @@ def initialise_from_images(network: nn.Module, images: TrainImages) -> None:
 def make_batches(
     images: TrainImages,
     *,
-    leave_out: Callable[[str, str], None],
+    leave_out: LeaveOut,
     data: DataConfig,
     augment: AugmentConfig,
     train: TrainConfig,
@@ -295,7 +300,7 @@ def report_broken(
     broken: list[tuple[str, str]],
     total: int,
     max_frac: float,
-    decide: Decide,
+    leave_out: LeaveOut,
 ) -> None:
     """Name the images that were left out of training; too many are an error.
 
@@ -303,7 +308,7 @@ def report_broken(
         DataError: the share of broken images is above data.max_broken_frac.
     """
     for name, reason in broken:
-        decide(BROKEN + name, reason, "left out")
+        leave_out(BROKEN + name, reason)
     for name, reason in broken[:20]:
         warn(f"skipped {name}: {reason}")
     if len(broken) > 20:

@@ -120,7 +120,7 @@ def _extract_splits(
             report()  # raises: no need to read the rest
 
     def report() -> None:
-        report_broken(broken, len(splits.train), data.max_broken_frac, ready.run.decide)
+        report_broken(broken, len(splits.train), data.max_broken_frac, ready.run.leave_out)
 
     def refuse(name: str, reason: str) -> None:
         raise DataError(f"every image of val must decode. Got {name}: {reason} Repair it.")

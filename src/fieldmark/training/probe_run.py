@@ -20,12 +20,12 @@ def train_probe(
         finish_run: measures the network on the splits and writes the package; returns the facts.
         resume: keep the run when it fails before anything is fitted.
     """
-    if run.ranks.world > 1:
-        raise ConfigError(
-            "train.method=linear-probe needs one process, which uses all cores. "
-            f"Got {run.ranks.world}. Start it without torchrun or --devices."
-        )
     try:
+        if run.ranks.world > 1:
+            raise ConfigError(
+                "train.method=linear-probe needs one process, which uses all cores. "
+                f"Got {run.ranks.world}. Start it without torchrun or --devices."
+            )
         ready = start_probe(run, config)
         report = fit_probe(
             ready,

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -42,23 +42,21 @@ def joined() -> Iterator[Ranks]:
     console.quiet = ranks.rank > 0
     try:
         yield ranks
-    except FieldmarkError as error:
-        if ranks.is_first_to_fail():
-            console.quiet = False
-            raise
-        raise SystemExit(error.exit_status) from None
-    except RuntimeError as error:
-        if not _is_lost(error):
-            console.quiet = False
-            raise
-        lost = RankLost(
-            "another process of the run ended, so that this one cannot go on. Once its cause is "
-            "known, resume with: fieldmark train --resume --out DIR"
-        )
-        if ranks.is_first_to_fail():
-            console.quiet = False
-            raise lost from error
-        raise SystemExit(lost.exit_status) from None
+    except Exception as error:
+        told = error
+        if isinstance(error, RuntimeError) and _is_lost(error):
+            told = RankLost(
+                "another process of the run ended, so that this one cannot go on. Once its cause "
+                "is known, resume with: fieldmark train --resume --out DIR"
+            )
+        status = told.exit_status if isinstance(told, FieldmarkError) else 1
+        first = ranks.first_status(status)
+        if first is not None:
+            raise SystemExit(first) from None
+        console.quiet = False
+        if told is not error:
+            raise told from error
+        raise
     else:
         console.quiet = False
         dist.destroy_process_group()
@@ -102,16 +100,20 @@ class Processes:
     def contribute_nothing(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
         """Go through forward and backward with an empty share: zero gradients, no statistics."""
         norms = [m for m in _modules(forward) if isinstance(m, _BatchNorm) and m.training]
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+            norms = []  # they wait for each other, and take an empty batch into account
+        else:
+            images = images.new_zeros(2, *images.shape[1:])
         for norm in norms:
             norm.eval()
         try:
-            (forward(images.new_zeros(2, *images.shape[1:])).sum() * 0).backward()
+            (forward(images).sum() * 0).backward()
         finally:
             for norm in norms:
                 norm.train()
 
     def combine_statistics(
-        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+        self, network: nn.Module, before: Mapping[int, Tensor], num_passes: int
     ) -> None:
         """Combine what each rank added to its norm statistics, as if one had made all passes.
 
@@ -119,13 +121,12 @@ class Processes:
         With k = (1 - m)^passes and ranks 0 .. W - 1 each at r_i from the same r, one process that
         made the passes in order of rank ends at sum_i k^(W-1-i) r_i - r sum_(j=1)^(W-1) k^j.
         """
-        norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-        old = iter(before)
+        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training]
         parts: list[tuple[Tensor, Tensor, float]] = []  # statistic, as it was, k
         for norm in norms:
-            known = [(b, next(old)) for b in norm.buffers(recurse=False)]
-            if not norm.training or isinstance(norm, nn.SyncBatchNorm):
+            if isinstance(norm, nn.SyncBatchNorm):
                 continue
+            known = [(buffer, before[id(buffer)]) for buffer in norm.buffers(recurse=False)]
             if norm.momentum is None:
                 raise ConfigError(
                     "several processes need batch norms with a momentum. Got a cumulative average."
@@ -153,11 +154,11 @@ class Processes:
         dist.all_reduce(summed)
         return summed
 
-    def any_of(self, flag: bool) -> bool:
-        """Return whether the flag is true anywhere; hosts exchange it, no GPU waits for it."""
-        known = torch.tensor([int(flag)])
+    def largest(self, number: int) -> int:
+        """Return the largest number of all; hosts exchange it, and no GPU waits for it."""
+        known = torch.tensor([number])
         dist.all_reduce(known, op=dist.ReduceOp.MAX)
-        return bool(known.item())
+        return int(known.item())
 
     def share(self, value: T) -> T:
         """Return rank 0's value."""
@@ -172,14 +173,18 @@ class Processes:
         dist.all_gather_object(box, value)
         return box
 
-    def is_first_to_fail(self) -> bool:
-        """Return whether no other rank has told of its error; false too when none can be asked."""
+    def first_status(self, mine: int) -> int | None:
+        """Return the exit status of the rank that failed first, or None if that is this one.
+
+        Where the store that knows is gone, so is the rank that kept it, and has told.
+        """
+        told = f"{self.rank}:{mine}"
         try:
             store = dist.distributed_c10d._get_default_store()
-            winner: bytes = store.compare_set(_FIRST_ERROR, "", str(self.rank))
+            first = store.compare_set(_FIRST_ERROR, "", told).decode()
         except (RuntimeError, ValueError):
-            return False
-        return winner == str(self.rank).encode()
+            return mine
+        return None if first == told else int(first.split(":")[1])
 
 
 def take_gpu() -> None:

@@ -1,7 +1,7 @@
 """The processes that train one network together, one rank each."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -31,20 +31,21 @@ class Ranks(Protocol):
         """Take part in the exchange with no examples; `images` are (0, 3, H, W)."""
 
     def combine_statistics(
-        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+        self, network: nn.Module, before: Mapping[int, Tensor], num_passes: int
     ) -> None:
         """Give every rank the norm statistics that one process would have after all passes.
 
         Args:
-            before: `guard.norm_statistics` of the network before this update, the same everywhere.
+            before: id of each of the network's buffers -> what it was before this update, the
+                same everywhere.
             num_passes: forward passes of each rank in this update.
         """
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks."""
 
-    def any_of(self, flag: bool) -> bool:
-        """Return whether a flag of the host is true on any rank."""
+    def largest(self, number: int) -> int:
+        """Return the largest of the hosts' numbers."""
 
     def share(self, value: T) -> T:
         """Return what rank 0 has; what others have is dropped."""
@@ -77,7 +78,7 @@ class Alone:
         """Do nothing."""
 
     def combine_statistics(
-        self, network: nn.Module, before: Sequence[Tensor], num_passes: int
+        self, network: nn.Module, before: Mapping[int, Tensor], num_passes: int
     ) -> None:
         """Do nothing."""
 
@@ -85,9 +86,9 @@ class Alone:
         """Return the values."""
         return values
 
-    def any_of(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
+    def largest(self, number: int) -> int:
+        """Return the number."""
+        return number
 
     def share(self, value: T) -> T:
         """Return the value."""

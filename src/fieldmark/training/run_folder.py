@@ -16,7 +16,7 @@ import torch
 
 from fieldmark.config import RunConfig
 from fieldmark.config.load import from_json
-from fieldmark.errors import DiskFull, RunError
+from fieldmark.errors import DataError, DiskFull, RunError
 from fieldmark.runtime.cpu import cpu_name, instruction_set
 from fieldmark.runtime.files import (
     append_whole,
@@ -154,6 +154,15 @@ class RunFolder:
                     self._record(kind, reason, "left out of training")
         self._broken = []
 
+    def must_agree(self, fact: Any, what: str) -> None:
+        """Raise DataError unless all ranks know the same fact."""
+        known = self.ranks.gather(fact)
+        if any(other != known[0] for other in known):
+            raise DataError(
+                f"every process must read the same {what}. Got {known}, by rank. Check the disks "
+                "of the machines, and start again."
+            )
+
     def decide_once(self, kind: str, find: Callable[[], tuple[T, str]]) -> T:
         """As `decide`, but for what is costly to find: `find` -> (value, why) is called once."""
         if kind in self._decisions:
@@ -189,11 +198,10 @@ class RunFolder:
             if kind.startswith(prefix)
         }
 
-    def last_metrics(self, count: int, step: int) -> list[dict[str, Any]]:
-        """Return the lines of the last `count` updates up to `step`, oldest first."""
+    def train_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of all updates, oldest first."""
         lines = _read_lines(self.path / "metrics.jsonl") if self.writes else []
-        lines = [line for line in lines if line["kind"] == "train" and line["step"] <= step]
-        return self.ranks.share(lines[-count:])
+        return self.ranks.share([line for line in lines if line["kind"] == "train"])
 
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after update `step`: a killed run wrote them and they will come again."""

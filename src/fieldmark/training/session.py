@@ -1,5 +1,7 @@
 """One training run from its last checkpoint to its last update."""
 
+import copy
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,10 @@ from fieldmark.runtime.files import size_text
 from fieldmark.runtime.log import Bar, duration, say, warn
 from fieldmark.training.capacity import peak_memory_bytes
 from fieldmark.training.checkpoint import (
+    IS_STOP,
     Best,
     checkpoint_path,
+    drop_stops,
     load_checkpoint,
     load_newest,
     must_fit,
@@ -30,7 +34,7 @@ from fieldmark.training.journal import Journal
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.plan import Plan
 from fieldmark.training.run_folder import RunFolder
-from fieldmark.training.signals import StopRequest, stop_requests
+from fieldmark.training.signals import StopRequest, stop_error, stop_requests
 from fieldmark.training.state import TrainState
 from fieldmark.training.watch import Fault
 
@@ -103,7 +107,7 @@ class Session:
     ) -> None:
         self.run, self.state, self.data, self.validate = run, state, data, validate
         self.train, self.lr, self.plan = train, optim.lr, plan
-        self.rule = replace(rule, lr_factor=self.lr_factor)
+        self.rule = replace(rule, lr_factor=self.lr_factor, slowdown=self.slowdown)
         self.on_validation: OnValidation | None = None
         self._rollbacks = list(run.decisions(_ROLLBACK).values())
         self._journal = Journal(
@@ -134,7 +138,11 @@ class Session:
 
         The schedule's, times the factor of each rollback to an update at or before `step`.
         """
-        factor = self.plan.lr_factor(step)
+        return self.plan.lr_factor(step) * self.slowdown(step)
+
+    def slowdown(self, step: int) -> float:
+        """Return the product of the factors of all rollbacks to an update at or before `step`."""
+        factor = 1.0
         for rollback in self._rollbacks:
             if step >= rollback["to"]:
                 factor *= rollback["lr_factor"]
@@ -200,11 +208,14 @@ class Session:
                 improved = self._validate_if_due(step.index)
                 stopped_early = self._should_stop_early(step.index)
                 is_last = stopped_early or step.index == last
-                wants_stop = self.rule.ranks.any_of(asked.is_set()) and not is_last
-                if improved or wants_stop or self._checkpoint_is_due(step.index):
+                received = self.rule.ranks.largest(asked.received or 0)
+                wants_stop = received > 0 and not is_last
+                if improved or self._checkpoint_is_due(step.index):
                     self._save_if_calm()
+                elif wants_stop:
+                    self._save_if_calm(is_stop=True)
                 if wants_stop:
-                    raise asked.error(self._resume_sentence())
+                    raise stop_error(signal.Signals(received), self._resume_sentence())
                 if stopped_early:
                     break
             _check(self._journal.flush())
@@ -224,7 +235,7 @@ class Session:
         if fault.kind == "input" or len(self._rollbacks) >= self.train.max_rollbacks:
             self._give_up(fault)
         found_at = self.done
-        self._load_newest()
+        self._load_newest(is_rollback=True)
         number = len(self._rollbacks) + 1
         decision = {
             "from": found_at,
@@ -243,19 +254,18 @@ class Session:
         """Measure what may be wrong, in the bad state and in the last good one, and end the run."""
         lines, found_at = list(self._journal.lines), self.done
         with closing_if_it_can(self.data.batches(fault.step - 1)) as batches:
-            images, _ = next(batches)
-            at_fault = layer_signal(self.state.network, images)
-        self._load_newest()
-        with closing_if_it_can(self.data.batches(fault.step - 1)) as batches:
-            found = diagnose(
-                self.rule,
-                fault=fault,
-                lines=lines,
-                batches=batches,
-                at_fault=at_fault,
-                lr=self.lr * self.lr_factor(fault.step - 1),
-                rollbacks=len(self._rollbacks),
-            )
+            update = [next(batches) for _ in range(self.rule.accumulation_steps)]
+        at_fault = layer_signal(self.rule, update)
+        self._load_newest(is_rollback=True)
+        found = diagnose(
+            self.rule,
+            fault=fault,
+            lines=lines,
+            update=update,
+            at_fault=at_fault,
+            lr=self.lr * self.lr_factor(fault.step - 1),
+            rollbacks=len(self._rollbacks),
+        )
         path = self.run.write_diagnosis(found.to_json() | {"update": found_at})
         raise NonFiniteLoss(
             f"{found.sentence()} The state after update {self._saved_at} is sound; all "
@@ -271,7 +281,10 @@ class Session:
         _check(self._journal.flush())
         rate, loss = self.validate(self.state.averaged())
         accuracy = rate.value
-        better = self.best is None or (accuracy, -loss) > (self.best.top1_accuracy, -self.best.loss)
+        # Weights that may be gone back from are not saved, and so cannot be chosen either.
+        better = self._journal.is_calm and (
+            self.best is None or (accuracy, -loss) > (self.best.top1_accuracy, -self.best.loss)
+        )
         if better:
             self.best = Best(step, accuracy, loss)
         self._journal.validated(
@@ -303,33 +316,49 @@ class Session:
         patience = self.train.early_stop_epochs * self.plan.steps_per_epoch
         return bool(patience and self.best is not None and step - self.best.step >= patience)
 
-    def _save_if_calm(self) -> None:
+    def _save_if_calm(self, *, is_stop: bool = False) -> None:
         """Save, unless the last updates went wrong: their state may be one to go back from."""
         _check(self._journal.flush())
         if self._journal.is_calm or self.done == self.plan.total:
-            self._save()
+            self._save(is_stop=is_stop)
 
-    def _save(self) -> None:
-        """Write a checkpoint, which promises that all lines up to it are on disk already."""
+    def _save(self, *, is_stop: bool = False) -> None:
+        """Write a checkpoint, which promises that all lines up to it are on disk already.
+
+        Args:
+            is_stop: it is here because a signal came. A rollback does not go back to it, so that it
+                goes where it would have gone without the signal.
+        """
         if self.run.writes:
-            save_checkpoint(self.run.checkpoints, self.done, self.state.state_dict(), self.best)
+            save_checkpoint(
+                self.run.checkpoints,
+                self.done,
+                self.state.state_dict(),
+                self.best,
+                extra={IS_STOP: True} if is_stop else None,
+            )
             prune(self.run.checkpoints, self.train.keep_checkpoints)
         self._saved_at = self.done
-        self._beginning = None
+        if not is_stop:
+            self._beginning = None
 
-    def _load_newest(self) -> int:
+    def _load_newest(self, *, is_rollback: bool = False) -> int:
         """Take the state of the newest sound checkpoint, or of the beginning; return its update."""
-        found = self.rule.ranks.share(
-            load_newest(self.run.checkpoints) if self.run.writes else None
-        )
+        found = None
+        if self.run.writes:
+            if is_rollback:
+                drop_stops(self.run.checkpoints)
+            found = load_newest(self.run.checkpoints)
+        found = self.rule.ranks.share(found)
         if found is not None:
             header, state = found
             with must_fit(header.step):
                 self.state.load(state)
             self.best, step = header.best, header.step
-            self._beginning = None
+            if not header.extra.get(IS_STOP):
+                self._beginning = None
         elif self._beginning is not None:
-            self.state.load(self._beginning)
+            self.state.load(copy.deepcopy(self._beginning))  # some optimizers keep what they load
             self.best, step = None, 0
         else:
             raise CheckpointError(
@@ -355,10 +384,13 @@ class Session:
         return self.state.load_averaged(state)
 
     def _resume_sentence(self) -> str:
-        saved = "" if self._saved_at == self.done else f" of update {self._saved_at}"
+        saved = "its checkpoint is saved"
+        if self._saved_at != self.done:
+            kept = f"the checkpoint of update {self._saved_at}" if self._saved_at else "nothing"
+            saved = f"its last updates went wrong, and {kept} is kept"
         return (
-            f"stopped after update {self.done} of {self.plan.total}; its checkpoint{saved} is "
-            f"saved. Resume with: fieldmark train --resume --out {self.run.path}"
+            f"stopped after update {self.done} of {self.plan.total}; {saved}. "
+            f"Resume with: fieldmark train --resume --out {self.run.path}"
         )
 
 

@@ -112,8 +112,13 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         evaluation=config.eval,
         pretrained=pretrained,
         decide=run.decide,
+        leave_out=run.leave_out,
     )
-    splits = check_splits(splits, images.preprocess, data.max_broken_frac, run.decide)
+    splits = check_splits(
+        splits, images.preprocess, data.max_broken_frac, run.decide, run.leave_out
+    )
+    run.exchange()
+    run.must_agree(_num_readable(images, splits), "images")
     say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
     network, architecture = make_network(
         config.model,
@@ -140,9 +145,9 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         num_ranks=run.ranks.world,
         gather=run.ranks.gather,
     )
+    pflop = _pflop_per_image(network, images, config)
     parts = Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
     session = parts.session(network, validate, device)
-    pflop = _pflop_per_image(network, images, config)
     ready = Ready(session, splits, images, architecture, pretrained, make_update, pflop)
     say(_cost_sentence(session.plan, ready.cost(session.plan.total)))
     return ready
@@ -168,6 +173,12 @@ def _cost_sentence(plan: Plan, cost: dict[str, Any]) -> str:
     pflop = "" if cost["pflop"] is None else f", {cost['pflop']:.3g} PFLOP"
     epochs = plan.total / plan.steps_per_epoch
     return f"{plan.total} updates ({epochs:.3g} epochs), {cost['images']:,} images{pflop}"
+
+
+def _num_readable(images: TrainImages, splits: Splits) -> dict[str, int]:
+    """Return how many images of each split decode."""
+    found = {name: len(part) for name, part in splits.parts().items()}
+    return found if images.labels is None else found | {"train": len(images.labels)}
 
 
 def _rehearsal(
@@ -257,7 +268,7 @@ def start_probe(run: RunFolder, config: RunConfig) -> ReadyProbe:
             f"{config.model.pretrained} changed since the run began: its weights are others. "
             "Restore it, or start a new run."
         )
-    splits = check_splits(splits, spec, config.data.max_broken_frac, run.decide)
+    splits = check_splits(splits, spec, config.data.max_broken_frac, run.decide, run.leave_out)
     say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
     return ReadyProbe(
         run, network, head, splits, spec, architecture, pretrained, weights, device, threads

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fieldmark.training.average import MovingAverage
+from fieldmark.training.average import MovingAverage, weights_of
 from fieldmark.training.lookahead import Lookahead
 
 
@@ -36,7 +36,7 @@ class TrainState:
         """Return tensors and plain values: references, not copies."""
         return {
             "network": self.network.state_dict(),
-            "ema": None if self.average is None else self.average.module.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "lookahead": None if self._lookahead is None else self._lookahead.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -52,7 +52,7 @@ class TrainState:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            self.average.module.load_state_dict(state["ema"])
+            self.average.load_state_dict(state["ema"])
         if self._lookahead is not None:
             self._lookahead.load_state_dict(state["lookahead"])
 
@@ -64,5 +64,6 @@ class TrainState:
     def load_averaged(self, state: dict[str, Any]) -> nn.Module:
         """Return a copy of the network to evaluate with the weights of a checkpoint."""
         chosen = copy.deepcopy(self.averaged())
-        chosen.load_state_dict(state["network"] if self.average is None else state["ema"])
+        weights = state["network"] if self.average is None else weights_of(state["ema"])
+        chosen.load_state_dict(weights)
         return chosen.eval()

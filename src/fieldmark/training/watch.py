@@ -1,7 +1,9 @@
 """Reading what training reports: which updates went wrong, and whether to go back."""
 
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from fieldmark.training.loop import Step
 MAX_BAD_INPUTS = 50  # updates in a row
 HISTORY = 100  # sound updates that a loss is compared with
 _EARLIEST = 20  # updates before which a rising loss is no news
+_SEARCH = 30  # updates in a row in which a gradient scaler may find its scale: 2^16 is halved to 1
 
 Line = dict[str, Any]
 
@@ -66,53 +69,59 @@ def read_steps(steps: Sequence[Step], *, per_epoch: int, lr: float, is_scaled: b
     return lines
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the lines of some updates say."""
+class Watch:
+    """Follows the lines of a run, one after the other, and says when to go back.
 
-    fault: Fault | None
-    is_calm: bool  # the last update was sound: its state is one to go back to
+    A fault is `bad_updates` updates in a row that are not finite or whose loss jumps; or 50 in a
+    row whose images are not finite: those are skipped, and going back would not mend them. A loss
+    jumps when it is more than `spike_factor` times the largest of the last 100 sound ones, and more
+    than half of what the first ones were: a run that has almost nothing left to learn may treble
+    its loss without harm.
 
-
-def examine(
-    before: Iterable[Line], lines: Sequence[Line], *, bad_updates: int, spike_factor: float
-) -> Verdict:
-    """Return the first fault that `lines` complete, given the lines `before` them.
-
-    A fault is `bad_updates` updates in a row that are not finite or whose loss is more than
-    `spike_factor` times the largest of the last 100 sound ones; or 50 in a row whose images are
-    not finite: those are skipped, and going back would not mend them. A pure function of the
-    lines, so that a resumed run finds what the undisturbed one would have found.
+    What it says depends on the lines alone, all of them from the first, so that a resumed run finds
+    what the undisturbed one would have found.
     """
-    sound: list[float] = []
-    streak: list[Line] = []
-    kind = ""
-    fresh = {id(line) for line in lines}
-    for line in [*before, *lines]:
-        found = _kind(line, sound, spike_factor)
-        if not found:
-            sound = [*sound[1 - HISTORY :], line["loss"]] if line["loss"] is not None else sound
-            streak, kind = [], ""
-            continue
-        is_same = (found == "input") == (kind == "input")
-        streak = [*streak, line] if streak and is_same else [line]
-        kind = found
-        limit = MAX_BAD_INPUTS if kind == "input" else bad_updates
-        if len(streak) >= limit and id(line) in fresh:
-            return Verdict(Fault(streak[0]["step"], kind, len(streak)), False)
-    return Verdict(None, not streak)
 
+    def __init__(self, *, bad_updates: int, spike_factor: float) -> None:
+        self._bad_updates, self._spike_factor = bad_updates, spike_factor
+        self._first: list[float] = []
+        self._sound: deque[float] = deque(maxlen=HISTORY)
+        self._begun_at, self._count, self._kind = 0, 0, ""  # of the bad updates in a row
+        self._searching = 0  # updates in a row that a gradient scaler skipped
 
-def _kind(line: Line, sound: Sequence[float], spike_factor: float) -> str:
-    skipped = line.get("skipped", "")
-    if skipped == "scale":
-        return ""
-    if skipped:
-        return str(skipped)
-    is_spike = (
-        spike_factor > 0
-        and len(sound) >= _EARLIEST
-        and line["loss"] is not None
-        and line["loss"] > spike_factor * max(sound)
-    )
-    return "spike" if is_spike else ""
+    @property
+    def is_calm(self) -> bool:
+        """Whether the state after the last line is one to go back to."""
+        return self._kind in ("", "input")  # bad images change nothing
+
+    def take(self, line: Line) -> Fault | None:
+        """Take the next line in; return the fault that it completes."""
+        skipped = str(line.get("skipped", ""))
+        if skipped == "scale":
+            self._searching += 1
+            if self._searching <= _SEARCH:
+                return None
+            skipped = "non-finite"
+        else:
+            self._searching = 0
+        kind = skipped or ("spike" if self._is_spike(line["loss"]) else "")
+        if not kind:
+            self._take_sound(line["loss"])
+            self._count, self._kind = 0, ""
+            return None
+        if not self._count or (kind == "input") != (self._kind == "input"):
+            self._begun_at, self._count = line["step"], 0
+        self._count, self._kind = self._count + 1, kind
+        limit = MAX_BAD_INPUTS if kind == "input" else self._bad_updates
+        return Fault(self._begun_at, kind, self._count) if self._count == limit else None
+
+    def _take_sound(self, loss: float) -> None:
+        self._sound.append(loss)
+        if len(self._first) < _EARLIEST:
+            self._first.append(loss)
+
+    def _is_spike(self, loss: float) -> bool:
+        if not self._spike_factor or len(self._first) < _EARLIEST:
+            return False
+        usual = max(self._spike_factor * max(self._sound), statistics.median(self._first) / 2)
+        return loss > usual

@@ -124,3 +124,21 @@ def test_the_average_is_in_eval_mode_and_is_not_the_network() -> None:
     assert module.training
     shared = {p.data_ptr() for p in module.parameters()}
     assert not shared & {p.data_ptr() for p in average.module.parameters()}
+
+
+def test_an_average_whose_first_update_was_skipped_begins_with_the_next() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(100.0)  # the random start, which must not linger
+    average = MovingAverage(network, 0.999, warmup=False)
+    bad, good = torch.tensor(False), torch.tensor(True)
+    average.update(1, bad)
+    average.update(2, bad)
+    assert float(average.module.weight.detach()) == 100
+    network.weight.data.fill_(1.0)
+    average.update(3, good)
+    assert float(average.module.weight.detach()) == 1
+    again = MovingAverage(network, 0.999, warmup=False)
+    again.load_state_dict(average.state_dict())
+    network.weight.data.fill_(2.0)
+    again.update(4, good)
+    assert float(again.module.weight.detach()) == pytest.approx(1.001)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fieldmark.config import LossConfig, OptimConfig, TrainConfig
 from fieldmark.model import Architecture, build
 from fieldmark.training.assemble import make_rule, make_state
-from fieldmark.training.guard import Guard, norm_statistics
+from fieldmark.training.guard import Guard
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.ranks import Alone
 from fieldmark.training.state import TrainState
@@ -145,8 +145,3 @@ def test_undoing_on_the_device_restores_weights_state_and_statistics(
         # AdamW keeps its own count of steps on the host, which is not undone.
         moved = {n for n in moved if not n.endswith(".step")}
         assert bool(moved) == is_finite
-
-
-def test_statistics_are_those_of_batch_norms_alone() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm([4, 2, 2]))
-    assert len(list(norm_statistics(network))) == 3

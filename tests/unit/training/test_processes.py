@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +22,10 @@ PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run(command: list[str], timeout: float = 240, **more: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(command: list[str], spoil_at: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPOIL_AT": spoil_at}
     return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=environment,
-        **more,
+        command, capture_output=True, text=True, timeout=240, check=False, env=environment
     )
 
 
@@ -169,6 +164,86 @@ def test_a_mistake_is_told_once_with_its_status(tmp_path: Path, resnet: list[str
     assert done.stderr.count("train.sync_batch_norm needs CUDA") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+CRASH = """
+import sys
+from fieldmark import cli
+from fieldmark.errors import DataError
+from fieldmark.training import loop
+
+set_rates = loop._set_rates
+
+def and_fail(rule, step, factor):
+    set_rates(rule, step, factor)
+    if rule.ranks.rank == 1 and step == 4:
+        raise {error}
+
+loop._set_rates = and_fail
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "status"),
+    [
+        ("DataError('the disk of rank 1 is gone.')", "the disk of rank 1 is gone.", 2),
+        ("OSError(24, 'Too many open files')", "Too many open files", 2),
+    ],
+)
+def test_an_error_of_one_rank_is_told_by_it_alone(
+    tmp_path: Path, resnet: list[str], error: str, told: str, status: int
+) -> None:
+    program = tmp_path / "crash.py"
+    program.write_text(CRASH.format(error=error))
+    done = run([*TORCHRUN, str(program), "train", "digits", *resnet, "--out", str(tmp_path / "r")])
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count(told) == 1
+    assert "another process of the run ended" not in done.stderr
+    assert f"exitcode  : {status} " in done.stderr  # in torchrun's table
+
+
+def test_a_broken_file_of_one_rank_counts_as_an_empty_share(
+    tmp_path: Path, tiny_images: Path, resnet: list[str]
+) -> None:
+    """Found in the middle of training; with one image a part, its part of the update is empty."""
+    data = tmp_path / "images"
+    shutil.copytree(tiny_images, data)
+    settings = [
+        *without(resnet, "data.source", "train.batch_size", "model.arch"),
+        f"data.source=folder:{data}",
+        "model.arch=test_vit",
+        "model.image_px=32",
+        "train.batch_size=4",
+        "train.accumulation_steps=2",
+        "data.storage=files",
+        "data.num_workers=0",
+        "data.max_broken_frac=0.5",
+    ]
+    broken = sorted((data / "train").glob("*/*.png"))[::7]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    found = train(settings, tmp_path / "two")
+    assert len(losses(found)) == 12
+    assert all(loss is not None for loss in losses(found))
+    decided = (tmp_path / "two" / "decisions.jsonl").read_text()
+    assert (
+        decided.count('"broken ')
+        == len({line for line in decided.splitlines() if "broken " in line})
+        > 0
+    )
+
+
+def test_spoilt_weights_are_rolled_back_on_two_ranks(tmp_path: Path, resnet: list[str]) -> None:
+    program = str(Path(__file__).parents[3] / "benchmarks" / "spoiled.py")
+    out = tmp_path / "run"
+    command = [*TORCHRUN, program, "train", "digits", *resnet, "train.checkpoint_steps=4"]
+    done = run([*command, "--out", str(out)], spoil_at="7")
+    assert done.returncode == 0, done.stderr
+    kinds = [json.loads(line) for line in (out / "decisions.jsonl").open()]
+    (rollback,) = [line for line in kinds if line["kind"] == "rollback 1"]
+    assert rollback["value"]["to"] == 6  # the best of validation
+    assert [line["step"] for line in lines(out) if line["kind"] == "train"] == list(range(1, 13))
 
 
 def _start(resnet: list[str], out: Path) -> "subprocess.Popen[str]":

@@ -1,10 +1,11 @@
-"""What lines of metrics say of a run: a pure function, so that resumed runs find the same."""
+"""What lines of metrics say of a run: of the lines alone, so that resumed runs find the same."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from fieldmark.training.watch import HISTORY, MAX_BAD_INPUTS, examine
+from fieldmark.training.watch import HISTORY, MAX_BAD_INPUTS, Fault, Watch
 
 
 def line(step: int, loss: float | None = 1.0, skipped: str = "") -> dict[str, Any]:
@@ -12,63 +13,111 @@ def line(step: int, loss: float | None = 1.0, skipped: str = "") -> dict[str, An
     return found | ({"skipped": skipped} if skipped else {})
 
 
-CALM = [line(step, 1 + 0.1 * (step % 3)) for step in range(1, 41)]
+def lines(*losses: float) -> list[dict[str, Any]]:
+    return [line(step, loss) for step, loss in enumerate(losses, 1)]
 
 
-def verdict(lines: list[dict[str, Any]], before: list[dict[str, Any]] = CALM) -> Any:
-    return examine(before, lines, bad_updates=3, spike_factor=3.0)
+CALM = lines(*[1 + 0.1 * (step % 3) for step in range(40)])
+
+
+def watch(spike_factor: float = 3.0, bad_updates: int = 3) -> Watch:
+    return Watch(bad_updates=bad_updates, spike_factor=spike_factor)
+
+
+def faults(found: Sequence[dict[str, Any]], watched: Watch | None = None) -> list[Fault]:
+    watched = watched or watch()
+    return [fault for fault in map(watched.take, found) if fault is not None]
 
 
 def test_three_in_a_row_are_a_fault_and_two_are_not() -> None:
     bad = [line(41 + i, None, "non-finite") for i in range(3)]
-    assert verdict(bad[:2]).fault is None
-    assert not verdict(bad[:2]).is_calm
-    found = verdict(bad).fault
-    assert (found.step, found.kind, found.count) == (41, "non-finite", 3)
-    assert verdict([bad[0], line(42), bad[1], bad[2]]).fault is None
+    watched = watch()
+    assert not faults([*CALM, *bad[:2]], watched)
+    assert not watched.is_calm
+    assert faults(bad[2:], watched) == [Fault(41, "non-finite", 3)]
+    assert not faults([*CALM, bad[0], line(42), *bad[1:]])
 
 
-def test_a_streak_goes_on_over_readings_and_is_reported_once() -> None:
-    bad = [line(41 + i, None, "non-finite") for i in range(3)]
-    assert verdict(bad[2:], [*CALM, *bad[:2]]).fault.step == 41
-    assert verdict([line(44)], [*CALM, *bad]).fault is None
+def test_a_longer_streak_is_told_once() -> None:
+    assert len(faults([*CALM, *[line(41 + i, None, "non-finite") for i in range(9)]])) == 1
+
+
+def test_a_streak_may_be_as_long_as_it_is_asked_for() -> None:
+    bad = [line(41 + i, None, "non-finite") for i in range(400)]
+    assert faults([*CALM, *bad], watch(bad_updates=400))[0].count == 400
 
 
 def test_a_spike_is_more_than_the_factor_times_the_largest_recent_loss() -> None:
     high = [line(41 + i, 3.7) for i in range(3)]
-    assert verdict(high).fault.kind == "spike"
-    assert verdict([line(41 + i, 3.5) for i in range(3)]).fault is None
-    assert examine(CALM, high, bad_updates=3, spike_factor=0).fault is None
+    assert faults([*CALM, *high])[0].kind == "spike"
+    assert not faults([*CALM, *[line(41 + i, 3.5) for i in range(3)]])
+    assert not faults([*CALM, *high], watch(spike_factor=0))
     # At the very start a rising loss is no news: a warm-up begins so.
-    assert verdict(high, CALM[:10]).fault is None
+    assert not faults([*CALM[:10], *high])
+
+
+def test_a_loss_near_zero_may_treble() -> None:
+    learned = lines(*[2.3] * 20, *[1e-3] * 150)
+    assert not faults([*learned, *[line(171 + i, 0.5) for i in range(5)]])
+    assert faults([*learned, *[line(171 + i, 1.5) for i in range(3)]])
 
 
 def test_a_spike_is_not_taken_into_what_is_usual() -> None:
-    assert verdict([line(41, 9.0), line(42), line(43, 9.0)]).is_calm is False
+    watched = watch()
+    assert not faults([*CALM, line(41, 9.0), line(42), line(43, 9.0)], watched)
+    assert not watched.is_calm
 
 
 def test_only_recent_losses_count() -> None:
-    early = [line(step, 30.0) for step in range(1, 30)]
-    late = [line(step) for step in range(30, 30 + HISTORY)]
+    fallen = lines(*[4.0] * 30, *[1.0] * HISTORY)
     high = [line(200 + i, 5.0) for i in range(3)]
-    assert verdict(high, early + late).fault is not None
-    assert verdict(high, early + late[:50]).fault is None
+    assert faults([*fallen, *high])
+    assert not faults([*fallen[:80], *high])
 
 
 def test_bad_images_are_only_skipped_until_there_are_too_many() -> None:
     bad = [line(41 + i, None, "input") for i in range(MAX_BAD_INPUTS)]
-    assert verdict(bad[:-1]).fault is None
-    assert verdict(bad).fault.kind == "input"
+    watched = watch()
+    assert not faults([*CALM, *bad[:-1]], watched)
+    assert watched.is_calm  # they change nothing: the state is as good as before
+    assert faults(bad[-1:], watched)[0].kind == "input"
 
 
-def test_the_search_for_a_loss_scale_is_no_fault() -> None:
-    assert verdict([line(41 + i, 1.0, "scale") for i in range(9)]).is_calm
+def test_the_search_for_a_loss_scale_is_no_fault_while_it_may_succeed() -> None:
+    watched = watch()
+    assert not faults([*CALM, *[line(41 + i, 1.0, "scale") for i in range(30)]], watched)
+    assert watched.is_calm
+    assert faults([line(71 + i, 1.0, "scale") for i in range(3)], watched)[0].kind == "non-finite"
 
 
-@pytest.mark.parametrize("cut", range(1, 6))
-def test_how_lines_are_read_does_not_matter(cut: int) -> None:
-    """A resumed run reads its lines in other portions."""
-    lines = [line(41), *[line(42 + i, 9.0) for i in range(3)], line(45)]
-    first = examine(CALM, lines[:cut], bad_updates=3, spike_factor=3.0).fault
-    second = examine([*CALM, *lines[:cut]], lines[cut:], bad_updates=3, spike_factor=3.0).fault
-    assert (first or second) == verdict(lines).fault
+def test_the_search_for_a_loss_scale_ends_no_streak() -> None:
+    bad = [line(41 + i, None, "non-finite") for i in range(3)]
+    assert faults([*CALM, bad[0], line(42, 1.0, "scale"), *bad[1:]])
+
+
+HARD = [
+    # A spike long before: it must not count as usual, wherever the lines are cut.
+    (lines(*[1.0] * 214, 9.0, *[1.0] * 90, 5.0, 5.0, 5.0), 1),
+    # High losses that are still among the last hundred sound ones, beyond many skipped updates.
+    (
+        [
+            *lines(*[1.0] * 169, *[2.5] * 30),
+            *[line(200 + i, None, "input") for i in range(40)],
+            *[line(240 + i) for i in range(60)],
+            *[line(300 + i, 5.0) for i in range(3)],
+        ],
+        0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("told", "num_faults"), HARD)
+@pytest.mark.parametrize("cut", [0, 100, 216, 280, 300])
+def test_a_resumed_run_finds_what_the_undisturbed_one_finds(
+    told: list[dict[str, Any]], num_faults: int, cut: int
+) -> None:
+    """It replays all lines up to its checkpoint, and goes on."""
+    watched = watch()
+    before = faults(told[:cut], watched)
+    assert before + faults(told[cut:], watched) == faults(told)
+    assert len(faults(told)) == num_faults
