@@ -33,13 +33,13 @@ from fieldmark.training.diagnosis import diagnose, layer_signal
 from fieldmark.training.journal import Journal
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.plan import Plan
+from fieldmark.training.rollbacks import Rollbacks
 from fieldmark.training.run_folder import RunFolder
 from fieldmark.training.signals import StopRequest, stop_error, stop_requests
 from fieldmark.training.state import TrainState
 from fieldmark.training.watch import Fault
 
 FORECAST_STEPS = 5  # after which the time to the end is told
-_ROLLBACK = "rollback "  # kind of the decision to go back, before its number
 
 Batch = tuple[Tensor, Tensor]
 
@@ -107,9 +107,9 @@ class Session:
     ) -> None:
         self.run, self.state, self.data, self.validate = run, state, data, validate
         self.train, self.lr, self.plan = train, optim.lr, plan
-        self.rule = replace(rule, lr_factor=self.lr_factor, slowdown=self.slowdown)
+        self._rollbacks = Rollbacks(run, train)
+        self.rule = replace(rule, lr_factor=self.lr_factor, slowdown=self._rollbacks.slowdown)
         self.on_validation: OnValidation | None = None
-        self._rollbacks = list(run.decisions(_ROLLBACK).values())
         self._journal = Journal(
             run,
             steps_per_epoch=plan.steps_per_epoch,
@@ -138,15 +138,7 @@ class Session:
 
         The schedule's, times the factor of each rollback to an update at or before `step`.
         """
-        return self.plan.lr_factor(step) * self.slowdown(step)
-
-    def slowdown(self, step: int) -> float:
-        """Return the product of the factors of all rollbacks to an update at or before `step`."""
-        factor = 1.0
-        for rollback in self._rollbacks:
-            if step >= rollback["to"]:
-                factor *= rollback["lr_factor"]
-        return factor
+        return self.plan.lr_factor(step) * self._rollbacks.slowdown(step)
 
     def fit(self) -> TrainResult:
         """Train to the end, or until asked to stop; leave the chosen weights in the network.
@@ -232,23 +224,11 @@ class Session:
 
     def _roll_back(self, fault: Fault) -> None:
         """Go back to the last good state with a lower rate, or give up with a diagnosis."""
-        if fault.kind == "input" or len(self._rollbacks) >= self.train.max_rollbacks:
+        if fault.kind == "input" or self._rollbacks.is_last_reached:
             self._give_up(fault)
         found_at = self.done
         self._load_newest(is_rollback=True)
-        number = len(self._rollbacks) + 1
-        decision = {
-            "from": found_at,
-            "to": self.done,
-            "lr_factor": self.train.rollback_lr_factor,
-        }
-        self.run.decide(f"{_ROLLBACK}{number}", decision, fault.sentence())
-        self._rollbacks.append(decision)
-        rate = self.lr * self.lr_factor(self.done)
-        warn(
-            f"{fault.sentence()}: back to update {self.done} with {decision['lr_factor']:g} times "
-            f"the rate, {rate:.3g} (rollback {number} of at most {self.train.max_rollbacks})"
-        )
+        self._rollbacks.add(fault, found_at=found_at, to=self.done)
 
     def _give_up(self, fault: Fault) -> NoReturn:
         """Measure what may be wrong, in the bad state and in the last good one, and end the run."""
