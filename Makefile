@@ -26,8 +26,8 @@ check: setup      ## format, lint, types, layers, changelog
 test: setup       ## the fast tests: unit and contract
 	$(BIN)/python -m pytest --durations=10 -m "$(FAST)" tests/unit tests/contract
 
-test-slow: setup  ## what `make test` leaves out: slow tests and those in tests/integration
-	$(BIN)/python -m pytest --durations=10 -m "slow and not gpu and not network"
+test-slow: setup  ## what `make test` leaves out, except for the longest
+	$(BIN)/python -m pytest --durations=30 -m "slow and not long and not gpu and not network"
 
 test-all: setup   ## every test but those that need a GPU or the internet
 	$(BIN)/python -m pytest --durations=10 -m "not gpu and not network"

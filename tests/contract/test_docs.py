@@ -110,6 +110,7 @@ def test_the_tutorial_runs_as_written(in_empty_folder: Path, tiny_images: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tuning_runs_as_written(in_empty_folder: Path) -> None:
     import json
     import shlex

@@ -11,7 +11,14 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_test.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["resident", "files", "ranks"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "files",
+        pytest.param("resident", marks=pytest.mark.long),
+        pytest.param("ranks", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(path: str) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--path", path, "--json"],

@@ -61,6 +61,7 @@ def test_half_of_each_update_trains_and_it_is_the_harder_half(
     assert hard > easy
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_same_images(tmp_path: Path, settings: list[str]) -> None:
     settings = [*settings, "train.keep_checkpoints=50"]
     for name in "ab":

@@ -95,7 +95,7 @@ def test_without_batch_statistics_two_ranks_equal_one(tmp_path: Path, vit: list[
         assert b == pytest.approx(a, rel=1e-4)
 
 
-@pytest.mark.parametrize("storage", ["resident", "files"])
+@pytest.mark.parametrize("storage", ["files", pytest.param("resident", marks=pytest.mark.long)])
 def test_with_batch_norm_two_ranks_equal_one_that_accumulates(
     tmp_path: Path, resnet: list[str], storage: str
 ) -> None:
@@ -116,6 +116,7 @@ def test_with_batch_norm_two_ranks_equal_one_that_accumulates(
     assert vals[0][-1]["top1_accuracy"]["n"] % 2
 
 
+@pytest.mark.long
 def test_accumulation_on_two_ranks_equals_one_with_as_many_parts(
     tmp_path: Path, resnet: list[str]
 ) -> None:
@@ -188,7 +189,12 @@ cli.main()
     ("error", "told", "status"),
     [
         ("DataError('the disk of rank 1 is gone.')", "the disk of rank 1 is gone.", 2),
-        ("OSError(24, 'Too many open files')", "Too many open files", 2),
+        pytest.param(
+            "OSError(24, 'Too many open files')",
+            "Too many open files",
+            2,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_an_error_of_one_rank_is_told_by_it_alone(
@@ -293,7 +299,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_does_not_hang(
     assert not any(Path("/proc", str(rank)).exists() for rank in ranks)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_a_checkpoint_and_says_resume_me(
     tmp_path: Path, resnet: list[str], sent: signal.Signals
 ) -> None:

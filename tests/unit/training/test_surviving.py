@@ -78,6 +78,7 @@ def spoil_images(monkeypatch: pytest.MonkeyPatch, steps: range, part: int = 0) -
     monkeypatch.setattr(ResidentBatches, "batches", and_spoil)
 
 
+@pytest.mark.slow
 def test_bad_images_are_skipped_and_counted(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_spoilt_weights_are_rolled_back_and_the_rate_is_lowered(
         assert "skipped" not in a
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, 37))
 
 
+@pytest.mark.slow
 def test_a_rate_far_too_high_ends_the_run_and_is_named(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +143,7 @@ def test_a_rate_far_too_high_ends_the_run_and_is_named(
     assert all(torch.isfinite(t.float()).all() for t in state["network"].values())
 
 
+@pytest.mark.slow
 def test_bad_images_in_a_later_part_of_an_update_are_named(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +156,7 @@ def test_bad_images_in_a_later_part_of_an_update_are_named(
         )
 
 
+@pytest.mark.slow
 def test_images_that_stay_bad_end_the_run_and_are_named(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +165,7 @@ def test_images_that_stay_bad_end_the_run_and_are_named(
         fieldmark.train("digits", [*settings, "train.epochs=40"], out=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_rollback_ends_with_the_same_weights(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +186,7 @@ def test_a_run_killed_after_a_rollback_ends_with_the_same_weights(
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_signal_before_a_fault_does_not_change_where_the_run_goes_back_to(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

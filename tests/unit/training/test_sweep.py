@@ -283,7 +283,11 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=lambda n: n.name,
+)
 def test_a_killed_sweep_ends_as_the_undisturbed_one(tmp_path: Path, number: signal.Signals) -> None:
     words = ["digits", LR, "train.batch_size=[32,64]", "train.epochs=4", "model.image_px=16"]
     words += ["model.args.widths=[8,8,8]", "train.checkpoint_steps=3", "train.threads=1"]
