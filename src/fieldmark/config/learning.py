@@ -187,7 +187,8 @@ class TrainConfig(Section):
     checkpoint_steps: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, gt=0)  # beside the best
     early_stop_epochs: int = Field(default=0, ge=0)  # 0: never
-    spike_factor: float = Field(default=3.0, ge=0)  # over the largest recent loss; 0: not watched
+    # A loss above so many times the largest recent one is a jump; 0: losses are not watched.
+    spike_factor: float = Field(default=3.0, ge=0)
     bad_updates: int = Field(default=3, gt=0)  # in a row that make the run go back
     max_rollbacks: int = Field(default=3, ge=0)  # after which it stops with a diagnosis
     rollback_lr_factor: float = Field(default=0.5, gt=0, le=1)  # times the rate, each time

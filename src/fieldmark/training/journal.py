@@ -1,6 +1,7 @@
 """What a run reports, in lines on disk, and what these say of how it is going."""
 
 from collections import deque
+from collections.abc import Collection
 from functools import partial
 
 from fieldmark.runtime.log import warn
@@ -24,10 +25,16 @@ class Journal:
         is_scaled: bool,
         bad_updates: int,
         spike_factor: float,
+        fresh_starts: Collection[int],
     ) -> None:
         self._run, self._steps_per_epoch, self._lr = run, steps_per_epoch, lr
         self._is_scaled = is_scaled
-        self._new_watch = partial(Watch, bad_updates=bad_updates, spike_factor=spike_factor)
+        self._new_watch = partial(
+            Watch,
+            bad_updates=bad_updates,
+            spike_factor=spike_factor,
+            fresh_starts=fresh_starts,
+        )
         self._watch = self._new_watch()
         self._pending: list[Step] = []
         self.lines: deque[Line] = deque(maxlen=KEPT_LINES)

@@ -23,6 +23,7 @@ class Plan:
     warmup: int
     steps_per_epoch: int
     schedule: ScheduleConfig
+    size_changes: tuple[int, ...] = ()  # the first updates (from 1) at each later image size
 
     def lr_factor(self, step: int) -> float:
         """Return the schedule's rate of update `step` (0 for the first) over optim.lr."""
@@ -85,7 +86,8 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         batch_size=train.examples_per_update,
     )
-    return Plan(total, warmup, steps_per_epoch, schedule)
+    changes = tuple(math.ceil(start * total - 1e-6) + 1 for start, _ in sizes[1:])
+    return Plan(total, warmup, steps_per_epoch, schedule, changes)
 
 
 def fit_total(timing: Timing, budget_s: float, sizes: Sizes, eval_steps: int) -> int:

@@ -117,6 +117,7 @@ class Session:
             is_scaled=rule.scaler.is_enabled(),
             bad_updates=train.bad_updates,
             spike_factor=train.spike_factor,
+            fresh_starts=plan.size_changes,
         )
         # Until there is a checkpoint, going back means going back to this.
         self._beginning: dict[str, Any] | None = state.copied()

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from fieldmark.training.loop import Step
 
 MAX_BAD_INPUTS = 50  # updates in a row
+MAX_HIGH = 20  # updates in a row whose loss is above all of the sound ones
+_RISING = 5  # of them, from which on no state is kept to go back to
 HISTORY = 100  # sound updates that a loss is compared with
 _EARLIEST = 20  # updates before which a rising loss is no news
 _SEARCH = 30  # updates in a row in which a gradient scaler may find its scale: 2^16 is halved to 1
@@ -24,7 +26,7 @@ class Fault:
     """Why a run cannot simply go on."""
 
     step: int  # the first of the bad updates in a row
-    kind: str  # "non-finite", "spike" or "input"
+    kind: str  # "non-finite", "spike", "rise" or "input"
     count: int
 
     def sentence(self) -> str:
@@ -32,6 +34,7 @@ class Fault:
         what = {
             "non-finite": "loss or gradient is not finite",
             "spike": "loss has jumped",
+            "rise": "loss has stayed above all before",
             "input": "images have values that are not finite",
         }[self.kind]
         return f"{what} in {self.count} updates in a row from update {self.step} on"
@@ -74,25 +77,38 @@ class Watch:
 
     A fault is `bad_updates` updates in a row that are not finite or whose loss jumps; or 50 in a
     row whose images are not finite: those are skipped, and going back would not mend them. A loss
-    jumps when it is more than `spike_factor` times the largest of the last 100 sound ones, and more
-    than half of what the first ones were: a run that has almost nothing left to learn may treble
-    its loss without harm.
+    jumps when it is more than `spike_factor` times the largest of the last 100 sound ones. One that
+    stays above all of these, 20 updates in a row, is a fault too: what was learned is lost, though
+    it was not lost at once. Either must be more than half of what the first losses were: a run that
+    has almost nothing left to learn may treble its loss without harm.
 
     What it says depends on the lines alone, all of them from the first, so that a resumed run finds
     what the undisturbed one would have found.
     """
 
-    def __init__(self, *, bad_updates: int, spike_factor: float) -> None:
+    def __init__(
+        self, *, bad_updates: int, spike_factor: float, fresh_starts: Collection[int] = ()
+    ) -> None:
+        """Begin before the first line.
+
+        Args:
+            fresh_starts: updates from which on losses are of another kind, such as of larger
+                images, and are not compared with those before.
+        """
         self._bad_updates, self._spike_factor = bad_updates, spike_factor
+        self._fresh_starts = fresh_starts
         self._first: list[float] = []
         self._sound: deque[float] = deque(maxlen=HISTORY)
+        self._high: list[float] = []  # losses in a row above all sound ones
+        self._high_from = 0
         self._begun_at, self._count, self._kind = 0, 0, ""  # of the bad updates in a row
         self._searching = 0  # updates in a row that a gradient scaler skipped
 
     @property
     def is_calm(self) -> bool:
         """Whether the state after the last line is one to go back to."""
-        return self._kind in ("", "input")  # bad images change nothing
+        is_rising = len(self._high) >= _RISING
+        return self._kind in ("", "input") and not is_rising  # bad images change nothing
 
     def take(self, line: Line) -> Fault | None:
         """Take the next line in; return the fault that it completes."""
@@ -104,24 +120,34 @@ class Watch:
             skipped = "non-finite"
         else:
             self._searching = 0
-        kind = skipped or ("spike" if self._is_spike(line["loss"]) else "")
+        if line["step"] in self._fresh_starts:
+            self._sound.clear()
+            self._high.clear()
+        kind = skipped or ("spike" if self._is_above(line["loss"], self._spike_factor) else "")
         if not kind:
-            self._take_sound(line["loss"])
             self._count, self._kind = 0, ""
-            return None
+            return self._take_finite(line["step"], line["loss"])
         if not self._count or (kind == "input") != (self._kind == "input"):
             self._begun_at, self._count = line["step"], 0
         self._count, self._kind = self._count + 1, kind
         limit = MAX_BAD_INPUTS if kind == "input" else self._bad_updates
         return Fault(self._begun_at, kind, self._count) if self._count == limit else None
 
-    def _take_sound(self, loss: float) -> None:
-        self._sound.append(loss)
+    def _take_finite(self, step: int, loss: float) -> Fault | None:
+        if len(self._sound) == HISTORY and self._is_above(loss, 1.0):
+            self._high_from = self._high_from if self._high else step
+            self._high.append(loss)
+            is_fault = len(self._high) == MAX_HIGH
+            return Fault(self._high_from, "rise", MAX_HIGH) if is_fault else None
+        self._sound.extend([*self._high, loss])
+        self._high.clear()
         if len(self._first) < _EARLIEST:
             self._first.append(loss)
+        return None
 
-    def _is_spike(self, loss: float) -> bool:
-        if not self._spike_factor or len(self._first) < _EARLIEST:
+    def _is_above(self, loss: float, factor: float) -> bool:
+        """Whether a loss is above `factor` times the largest sound one, and no small one."""
+        is_early = len(self._first) < _EARLIEST or len(self._sound) < _EARLIEST
+        if not self._spike_factor or is_early:
             return False
-        usual = max(self._spike_factor * max(self._sound), statistics.median(self._first) / 2)
-        return loss > usual
+        return loss > max(factor * max(self._sound), statistics.median(self._first) / 2)

@@ -75,6 +75,30 @@ def test_only_recent_losses_count() -> None:
     assert not faults([*fallen[:80], *high])
 
 
+def test_a_loss_that_stays_high_is_a_fault_although_it_never_jumped() -> None:
+    """What was learned is lost: from 1.1 to 2.2, less than the factor."""
+    watched = watch()
+    calm = lines(*[1 + 0.1 * (step % 3) for step in range(HISTORY)])
+    high = [line(101 + i, 2.2) for i in range(20)]
+    assert not faults([*calm, *high[:4]], watched)
+    assert watched.is_calm
+    assert not faults(high[4:19], watched)
+    assert not watched.is_calm
+    assert faults(high[19:], watched) == [Fault(101, "rise", 20)]
+    falls = [*high[:10], line(111, 1.0), *[line(112 + i, 2.3) for i in range(19)]]
+    assert not faults([*calm, *falls])
+    # A warm-up may have its worst losses after its first ones.
+    assert not faults([*calm[:60], *high])
+
+
+def test_larger_images_begin_anew() -> None:
+    told = [*CALM, *[line(41 + i, 4.0) for i in range(60)]]
+    assert faults(told)
+    fresh = Watch(bad_updates=3, spike_factor=3.0, fresh_starts=(41,))
+    assert not faults(told, fresh)
+    assert faults([line(101 + i, 13.0) for i in range(3)], fresh)
+
+
 def test_bad_images_are_only_skipped_until_there_are_too_many() -> None:
     bad = [line(41 + i, None, "input") for i in range(MAX_BAD_INPUTS)]
     watched = watch()
@@ -101,7 +125,7 @@ HARD = [
     # High losses that are still among the last hundred sound ones, beyond many skipped updates.
     (
         [
-            *lines(*[1.0] * 169, *[2.5] * 30),
+            *lines(*[1.0] * 169, *[2.5, 1.0] * 15),
             *[line(200 + i, None, "input") for i in range(40)],
             *[line(240 + i) for i in range(60)],
             *[line(300 + i, 5.0) for i in range(3)],
