@@ -38,7 +38,9 @@ def cost(config: RunConfig) -> tuple[int, float] | None:
     if "img_size" not in wanted.args and arch.startswith(("vit", "deit")):
         wanted = Architecture(arch, num_classes, {**wanted.args, "img_size": sizes[-1][1][0]})
     kept = config.data.keep_hardest_frac
-    flops = kept * training_flops(build(wanted), sizes, num_images=images)
+    with torch.device("meta"):  # sizes are enough
+        network = build(wanted)
+    flops = kept * training_flops(network, sizes, num_images=images)
     if kept < 1:
         flops += PROXY_SHARE * training_flops(proxy_network(10, 0), sizes, num_images=images)
     return images, flops / 1e15

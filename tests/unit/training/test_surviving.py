@@ -210,6 +210,7 @@ def test_a_signal_before_a_fault_does_not_change_where_the_run_goes_back_to(
     assert not (tmp_path / "b" / "checkpoints" / "step-00000027.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_kept_to(tmp_path: Path, settings: list[str]) -> None:
     settings = [s for s in settings if not s.startswith("train.epochs")]
     result = fieldmark.train("digits", [*settings, "train.max_minutes=0.1"], out=tmp_path / "run")
