@@ -89,6 +89,7 @@ def test_large_inputs_unknown_families_and_never_are_left_alone() -> None:
     assert adapt_architecture(resnet, 224, "always")[0].name == "small_resnet18"
 
 
+@pytest.mark.slow
 def test_no_adapted_name_is_a_stock_name_and_plain_timm_does_not_know_it() -> None:
     code = (
         "import timm, sys; names = [n for n in sys.argv[1:] if timm.is_model(n)];"

@@ -149,6 +149,7 @@ def test_resume_takes_the_run_s_own_configuration(tiny_run: Path, tmp_path: Path
     assert ended.facts["measured_on"] == "test"
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", find_recipe("digits")):
         done = subprocess.run(
@@ -192,6 +193,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_a_sound_checkpoint(
         )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(
     tmp_path: Path, tiny_settings: list[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_bad_images_are_skipped_and_counted(
     assert not [kind for kind in decisions(tmp_path / "run") if kind.startswith("rollback")]
 
 
+@pytest.mark.slow
 def test_spoilt_weights_are_rolled_back_and_the_rate_is_lowered(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def resume_sweep(out: Path, make: Callable[..., Any] = make_validation) -> dict[
     return sweep("", [], out, num_trials=None, metric=None, resume=True, make_validation=make)
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_runs_on_val_and_never_looks_at_test(
     tmp_path: Path, fixed: list[str]
 ) -> None:
