@@ -17,9 +17,10 @@ from fieldmark.cookbook.registry import recipe
 def finetune() -> RunConfig:
     """Pretrained weights with a new head, for a folder of your own images.
 
-    The whole network is trained, its head ten times as fast. How often the images are shown and
-    how they are changed depends on how many there are. model.freeze=backbone trains the head
-    alone, which is quicker on a CPU and less accurate; then optim.lr=1e-3 suits it.
+    The whole network is trained, its head ten times as fast. How often the images are shown
+    depends on how many there are; with augment.policy=auto how they are changed does too.
+    model.freeze=backbone trains the head alone, which is quicker on a CPU and less accurate; then
+    optim.lr=1e-3 suits it.
 
     Run:    fieldmark train finetune data.source=folder:PATH model.pretrained=local-dir:PATH
     Cost:   depends on the data.
@@ -28,7 +29,7 @@ def finetune() -> RunConfig:
     """
     return RunConfig(
         data=DataConfig(source="folder:images", val_frac=0.15, test_frac=0.15),
-        augment=AugmentConfig(policy="auto"),
+        augment=AugmentConfig(resized_crop=True, resized_crop_min_area_frac=0.35, flip="random"),
         model=ModelConfig(pretrained="timm:resnet50.a1_in1k"),
         loss=LossConfig(label_smoothing=0.1),
         optim=OptimConfig(

@@ -192,7 +192,9 @@ class _Sweep:
             ready.session.on_validation = self._reporting(trial, ready.session, num_val)
             best = ready.fit().best
         if best is None:
-            raise ConfigError(f"the best checkpoint of {path} cannot be read.")
+            raise NonFiniteLoss(
+                f"losses must be finite when weights are validated. In {path} none were."
+            )
         value = best.top1_accuracy if self.plan.larger_is_better else best.loss
         if not math.isfinite(value):
             raise NonFiniteLoss(f"the validation loss must be finite. Got {value}.")
