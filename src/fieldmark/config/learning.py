@@ -198,7 +198,8 @@ class TrainConfig(Section):
         given = self._set_units(self.units[0])
         if self.method == "gradient" and len(given) != 1:
             raise ValueError(
-                "train: exactly one of epochs, steps, examples, max_minutes must be above 0"
+                "train: exactly one of epochs, steps, examples, max_minutes must be above 0. Got "
+                f"{' and '.join(given) or 'none'}. Set one of them"
             )
         if self.min_steps and not self.epochs:
             raise ValueError(

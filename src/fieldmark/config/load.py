@@ -119,15 +119,27 @@ def _validated(content: Mapping[str, Any]) -> RunConfig:
 
 def _sentence(error: ValidationError) -> str:
     parts = []
+    refused: dict[str, list[str]] = {}  # a key that takes one thing or another is refused by each
+    given: dict[str, Any] = {}
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part != "literal")
+        # The key, and where in a list; what follows in words are pydantic's names of types.
+        loc = item["loc"]
+        where = ".".join(
+            str(part) for place, part in enumerate(loc) if place < 2 or isinstance(part, int)
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "value_error":
             parts.append(f"{message}.")
         elif item["type"] == "missing":
             parts.append(f"{where} must be set.")
         else:
-            parts.append(f"{where}: {message}. Got {item['input']!r}.")
+            shown = message.removeprefix("Input should be ") if where in refused else message
+            refused.setdefault(where, []).append(shown)
+            given[where] = item["input"]
+    parts += [
+        f"{where}: {', or '.join(reasons)}. Got {given[where]!r}."
+        for where, reasons in refused.items()
+    ]
     return " ".join(parts)
 
 

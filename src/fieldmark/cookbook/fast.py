@@ -53,16 +53,16 @@ def _airbench(lr: float, weight_decay: float) -> RunConfig:
 
 @recipe("cifar10-fast94")
 def cifar10_fast94() -> RunConfig:
-    """An airnet whose filters move by Muon, small images first: minutes on a laptop's two cores.
+    """An airnet whose filters move by Muon, in small updates, with small images first.
 
-    airbench94's network and augmentation. Updates are four times smaller than there, which a CPU
-    does not mind, with a lower rate of the filters; the first half is seen at 24 px.
+    airbench94's network and augmentation. Updates are four times smaller than there, with a lower
+    rate of the filters; the first half is seen at 24 px (docs/experiments.md).
 
     Run:    fieldmark train cifar10-fast94 --out runs/fast94
     Cost:   0.215 PFLOP, 400,000 images.
     Source: Jordan 2024, arXiv:2404.00498; Muon: Jordan et al. 2024.
-    Result: 94.0 % published over six views for 8 epochs in updates of 2,000, on the original
-            images; less on a copy that went through JPEG.
+    Result: not measured to its end. Of airbench94 itself 94.0 % published, over six views: 8 epochs
+            in updates of 2,000, on the original images.
     """
     return RunConfig(
         data=DataConfig(source="cifar10", val_frac=0.0),

@@ -1,6 +1,5 @@
 """What a run reports, in lines on disk, and what these say of how it is going."""
 
-from collections import deque
 from collections.abc import Collection
 from functools import partial
 
@@ -9,7 +8,6 @@ from fieldmark.training.loop import Step
 from fieldmark.training.run_folder import RunFolder
 from fieldmark.training.watch import Fault, Line, Watch, read_steps
 
-KEPT_LINES = 140  # for a diagnosis
 FLUSH_STEPS = 20  # losses are read, checked and written this often: each reading waits for the GPU
 
 
@@ -37,7 +35,6 @@ class Journal:
         )
         self._watch = self._new_watch()
         self._pending: list[Step] = []
-        self.lines: deque[Line] = deque(maxlen=KEPT_LINES)
         self.note = ""  # what the progress bar shows of the last update that was read
 
     @property
@@ -64,7 +61,6 @@ class Journal:
         faults = [self._watch.take(line) for line in lines]
         self._run.append_metrics(lines)
         self._run.exchange()
-        self.lines.extend(lines)
         skipped = [line for line in lines if line.get("skipped") in ("non-finite", "input")]
         if skipped:
             part = "images" if skipped[0]["skipped"] == "input" else "loss or gradient"
@@ -80,11 +76,9 @@ class Journal:
         """Forget what came after update `step`, on disk too: it will come again."""
         self._run.rewind_metrics(step)
         self._pending.clear()
-        self.lines.clear()
         self._watch = self._new_watch()
         for line in self._run.train_metrics():
             self._watch.take(line)
-            self.lines.append(line)
 
     def validated(self, line: Line) -> None:
         """Add the line of a validation."""

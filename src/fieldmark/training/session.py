@@ -40,6 +40,7 @@ from fieldmark.training.state import TrainState
 from fieldmark.training.watch import Fault
 
 FORECAST_STEPS = 5  # after which the time to the end is told
+DIAGNOSED_LINES = 140  # of the last updates: what was usual, and what went wrong
 
 Batch = tuple[Tensor, Tensor]
 
@@ -233,7 +234,7 @@ class Session:
 
     def _give_up(self, fault: Fault) -> NoReturn:
         """Measure what may be wrong, in the bad state and in the last good one, and end the run."""
-        lines, found_at = list(self._journal.lines), self.done
+        lines, found_at = self.run.train_metrics()[-DIAGNOSED_LINES:], self.done
         with closing_if_it_can(self.data.batches(fault.step - 1)) as batches:
             update = [next(batches) for _ in range(self.rule.accumulation_steps)]
         at_fault = layer_signal(self.rule, update)

@@ -40,10 +40,6 @@ class StopRequest:
         """Whether to save a checkpoint and stop."""
         return self.received is not None
 
-    def error(self, message: str) -> RunError:
-        """Return what to raise once the checkpoint is saved."""
-        return stop_error(self.received, message)
-
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Take a signal, as a handler of Python's."""
         if os.getpid() != self._process:  # a forked worker, before it has its own handlers

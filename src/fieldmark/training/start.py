@@ -165,7 +165,9 @@ def _pflop_per_image(network: nn.Module, images: TrainImages, config: RunConfig)
         if kept < 1:
             flops += PROXY_SHARE * training_flops(proxy_network(10, 0), sizes, num_images=1)
         return flops / 1e15
-    except (NotImplementedError, RuntimeError):  # an operation that cannot be traced
+    except (NotImplementedError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        warn(f"the operations of this network cannot be counted: {reason}")
         return None
 
 

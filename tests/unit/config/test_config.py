@@ -45,6 +45,24 @@ def test_another_network_or_optimizer_loses_the_arguments_of_the_one_before() ->
     assert override(smoke, ["model.args={}"]).model.args == {}
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.epochs=soon", r"^train\.epochs: Input .* number.*, or 'auto'\. Got 'soon'\.$"),
+        ("train.batch_size=big", r"^train\.batch_size: Input .*, or 'auto'\. Got 'big'\.$"),
+        ("train.max_minutes=-1", r"^train\.max_minutes: .* greater than or equal to 0\. Got -1\.$"),
+    ],
+)
+def test_a_key_of_two_kinds_is_refused_in_one_sentence(setting: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        override(find_recipe("cifar10-smoke"), [setting])
+
+
+def test_two_lengths_are_named() -> None:
+    with pytest.raises(ConfigError, match="Got epochs and max_minutes. Set one of them"):
+        override(find_recipe("cifar10-smoke"), ["train.epochs=2", "train.max_minutes=3"])
+
+
 def test_a_part_of_a_table_that_is_replaced_stands_alone() -> None:
     for settings in (
         ["model.arch=test_vit", "model.args.patch_size=8"],

@@ -40,8 +40,10 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) ->
             os.kill(os.getpid(), number)
             assert asked.is_set()
             kind = Interrupted if number == signal.SIGINT else Preempted
-            assert isinstance(asked.error("x"), kind)
-            assert asked.error("x").exit_status == (130 if number == signal.SIGINT else 75)
+            assert isinstance(stop_error(asked.received, "x"), kind)
+            assert stop_error(asked.received, "x").exit_status == (
+                130 if number == signal.SIGINT else 75
+            )
     except StopNow as stop:  # not acted on within, so it is the outer block's
         outer.append(stop)
     assert [stop.received for stop in outer] == [number]
@@ -52,7 +54,7 @@ def test_a_block_that_acts_on_the_signal_keeps_it_from_the_outer_one() -> None:
     def work() -> None:
         with stop_requests(at_once=True), stop_requests() as asked:
             os.kill(os.getpid(), signal.SIGTERM)
-            raise asked.error("saved")
+            raise stop_error(asked.received, "saved")
 
     with pytest.raises(Preempted, match="saved"):
         work()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fieldmark
 from fieldmark.model import AirNet
+from fieldmark.training import start
 
 PROGRAM = Path(sys.executable).with_name("fieldmark")
 
@@ -96,3 +97,19 @@ def test_the_estimate_leaves_the_first_update_alone(
     monkeypatch.setattr("fieldmark.training.start.check_memory", lambda *_, **__: None)
     without_it = weights("without")
     assert all(torch.equal(with_it[name], without_it[name]) for name in with_it)
+
+
+def test_operations_that_cannot_be_counted_are_said_so_and_the_run_goes_on(
+    tmp_path: Path,
+    tiny_settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> float:
+        raise NotImplementedError("aten::odd on meta")
+
+    monkeypatch.setattr(start, "training_flops", refuse)
+    settings = [s for s in tiny_settings if not s.startswith("train.epochs")]
+    result = fieldmark.train("digits", [*settings, "train.steps=2"], out=tmp_path / "run")
+    assert result.facts["cost"] == {"images": 32, "pflop": None}
+    assert "cannot be counted: aten::odd on meta" in capsys.readouterr().err
