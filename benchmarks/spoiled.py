@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from fieldmark import cli
+from fieldmark.__main__ import main as run
 from fieldmark.training import loop
 
 set_rates = loop._set_rates
@@ -28,7 +28,7 @@ def main() -> None:
                 parameter.data.fill_(1e38)
 
     loop._set_rates = and_spoil
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from fieldmark.training.ranks import Alone, Ranks
 T = TypeVar("T")
 
 _WAIT = timedelta(minutes=30)  # for a rank that decodes, or measures what the others wait for
+_LET_GO_S = 0.2  # for threads of gloo that hold the last tensors; see fieldmark/__main__.py
 _FIRST_ERROR = "fieldmark/first-error"
 _CPU = torch.device("cpu")
 
@@ -59,6 +61,7 @@ def joined() -> Iterator[Ranks]:
         raise
     else:
         console.quiet = False
+        time.sleep(_LET_GO_S)
         dist.destroy_process_group()
 
 

@@ -169,7 +169,7 @@ def test_a_mistake_is_told_once_with_its_status(tmp_path: Path, resnet: list[str
 
 CRASH = """
 import sys
-from fieldmark import cli
+from fieldmark.__main__ import main
 from fieldmark.errors import DataError
 from fieldmark.training import loop
 
@@ -181,7 +181,7 @@ def and_fail(rule, step, factor):
         raise {error}
 
 loop._set_rates = and_fail
-cli.main()
+main()
 """
 
 
@@ -311,3 +311,37 @@ def test_a_signal_saves_a_checkpoint_and_says_resume_me(
     assert process.returncode == 75
     assert told.count("its checkpoint is saved. Resume with") == 1
     assert load_newest(tmp_path / "run" / "checkpoints") is not None
+
+
+FINALISED = """
+import os, runpy, sys
+from fieldmark import cli
+
+class Finalised:
+    def __del__(self):
+        os.abort()
+
+def main():
+    print("told", end="")
+    {ending}
+
+sys.kept, cli.main = Finalised(), main
+runpy.run_module("fieldmark", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("pass", 0), ("sys.exit(75)", 75), ("raise ValueError(3)", 1)]
+)
+def test_a_rank_ends_with_its_status_and_without_finalisation(ending: str, status: int) -> None:
+    """Where a thread of gloo would abort it."""
+    done = subprocess.run(
+        [PYTHON, "-c", FINALISED.format(ending=ending)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "WORLD_SIZE": "2"},
+    )
+    assert (done.returncode, done.stdout) == (status, "told"), done.stderr
+    assert ("ValueError: 3" in done.stderr) == (status == 1)
