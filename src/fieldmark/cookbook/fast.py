@@ -51,7 +51,7 @@ def _airbench(lr: float, weight_decay: float) -> RunConfig:
     )
 
 
-@recipe("cifar10-fast94")
+@recipe("cifar10-fast94", evidence="benchmarks/results/race.json")
 def cifar10_fast94() -> RunConfig:
     """An airnet whose filters move by Muon, in small updates, with small images first.
 
@@ -61,8 +61,9 @@ def cifar10_fast94() -> RunConfig:
     Run:    fieldmark train cifar10-fast94 --out runs/fast94
     Cost:   0.215 PFLOP, 400,000 images.
     Source: Jordan 2024, arXiv:2404.00498; Muon: Jordan et al. 2024.
-    Result: not measured to its end. Of airbench94 itself 94.0 % published, over six views: 8 epochs
-            in updates of 2,000, on the original images.
+    Result: 90.4 % over six views and 89.3 % over one (two seeds), on a JPEG copy of the images, in
+            23 minutes of training on 2 cores. Of airbench94 itself 94.0 % published, over six
+            views: 8 epochs in updates of 2,000, on the original images.
     """
     return RunConfig(
         data=DataConfig(source="cifar10", val_frac=0.0),
