@@ -13,7 +13,7 @@ def main() -> None:
     A thread of gloo may let go of its last tensor as late as that, and asking for the interpreter's
     lock then aborts the process: its status would be lost (pytorch/pytorch issue 190489).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         cli.main()
         return
     status = 0

@@ -318,14 +318,14 @@ import os, runpy, sys
 from fieldmark import cli
 
 class Finalised:
-    def __del__(self):
-        os.abort()
+    def __del__(self, abort=os.abort):
+        abort()
 
 def main():
     print("told", end="")
     {ending}
 
-sys.kept, cli.main = Finalised(), main
+cli.kept, cli.main = Finalised(), main
 runpy.run_module("fieldmark", run_name="__main__")
 """
 
