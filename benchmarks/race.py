@@ -40,6 +40,7 @@ PLAIN = [
     "augment.sizes=[]",
     f"optim.weight_decay={2e-6 * 2000 / 0.053!r}",
     "optim.filter_lr=0.24",
+    "model.args.bn_momentum=0.4",
 ]
 ARMS: dict[str, list[str]] = {
     "ours": [],
