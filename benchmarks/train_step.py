@@ -108,12 +108,12 @@ def measure(name: str, arch: str, data: str, steps: int) -> dict[str, float]:
     return {"images_per_s": steps * BATCH_SIZE / seconds}
 
 
-def load(data: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return 5,000 training images, uint8 (N, 32, 32, 3), and their labels."""
+def load(data: str, limit: int = 5_000) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first training images, uint8 (N, 32, 32, 3), and their labels."""
     from fieldmark.data.source import open_source
 
     split = open_source(data).splits["train"]
-    indices = range(min(5_000, len(split)))
+    indices = range(min(limit, len(split)))
     images = np.stack([np.asarray(split.images.image(index)) for index in indices])
     return images, split.labels[: len(images)]
 
