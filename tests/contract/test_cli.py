@@ -121,6 +121,20 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(
     assert message in " ".join(as_json["message"].split())  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [("abc", "Got 'abc'. Unset it to train in one process."), ("2", "Start them with torchrun")],
+)
+def test_an_environment_that_torchrun_did_not_set_is_one_sentence(
+    run: Cli, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, world: str, message: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    run("train", "digits")
+    assert run.status == 2
+    assert message in " ".join(run.err.split())
+    assert "Traceback" not in run.err
+
+
 def test_a_mistake_leaves_no_run_behind(run: Cli, in_empty_folder: Path) -> None:
     run("train", "digits", "data.source=folder:nowhere")
     assert run.status == 2

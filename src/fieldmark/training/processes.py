@@ -34,12 +34,25 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         RankLost: another rank ended.
+        ConfigError: the environment is not what torchrun sets.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) == 0:
+        raise ConfigError(
+            f"the environment's WORLD_SIZE must be the number of processes that train together, "
+            f"which torchrun sets. Got {world!r}. Unset it to train in one process."
+        )
+    if int(world) == 1:
         yield Alone()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_WAIT)
+    try:
+        dist.init_process_group(backend, timeout=_WAIT)
+    except ValueError as error:  # torch's: a variable is missing, or no number
+        raise ConfigError(
+            f"WORLD_SIZE={world} asks for processes that train together, and the environment lacks "
+            f"what torchrun sets ({error}). Start them with torchrun, or unset WORLD_SIZE."
+        ) from None
     ranks = Processes()
     console.quiet = ranks.rank > 0
     try:
