@@ -6,7 +6,7 @@ stdout is kept for results, so that `--json` output can be piped.
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 T = TypeVar("T")
@@ -49,8 +48,15 @@ def warn(text: str) -> None:
 class Bar:
     """Progress of known length: a live bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(
+        self, title: str, total: int, unit: str, work: Callable[[int], float] = float
+    ) -> None:
+        """Make a bar that has not started.
+
+        Args:
+            work: what the first n units cost, in any measure, where they do not cost alike.
+        """
+        self.title, self.total, self.unit, self._work = title, total, unit, work
         self.done = 0
         self._started = self._spoke = time.monotonic()
         self._at_start = 0
@@ -63,12 +69,11 @@ class Bar:
                 TextColumn("{task.fields[note]}"),
                 TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]} left"),
                 console=console,
                 transient=True,
             )
-            self._task = self._progress.add_task(title, total=total, note="", rate="")
+            self._task = self._progress.add_task(title, total=total, note="", rate="", left="?")
 
     def start(self, done: int = 0) -> None:
         """Begin at `done`: what was done before does not count in the rate."""
@@ -83,16 +88,22 @@ class Bar:
         self.done += count
         now = time.monotonic()
         rate = (self.done - self._at_start) / max(now - self._started, 1e-9)
+        left = duration(self._left_s(now - self._started))
         if self._progress:
             shown = f"{rate:.1f} {self.unit}/s"
-            self._progress.update(self._task, completed=self.done, note=note, rate=shown)
+            self._progress.update(self._task, completed=self.done, note=note, rate=shown, left=left)
         elif now - self._spoke >= PLAIN_EVERY_S:
             self._spoke = now
-            left_s = (self.total - self.done) / rate if rate else 0.0
             say(
                 f"{self.title}: {self.done}/{self.total} {self.unit}  {note}  "
-                f"{rate:.1f} {self.unit}/s  {duration(left_s)} left"
+                f"{rate:.1f} {self.unit}/s  {left} left"
             )
+
+    def _left_s(self, seconds: float) -> float:
+        """Return the time left, as the time since the start and the work of the rest suggest."""
+        done = self._work(self.done)
+        made = done - self._work(self._at_start)
+        return seconds * (self._work(self.total) - done) / made if made > 0 else 0.0
 
     def stop(self) -> None:
         """Remove the bar; printed lines stay."""

@@ -24,6 +24,16 @@ class Plan:
     steps_per_epoch: int
     schedule: ScheduleConfig
     size_changes: tuple[int, ...] = ()  # the first updates (from 1) at each later image size
+    sides_px: tuple[int, ...] = (1,)  # of the images, first to last
+
+    def work(self, updates: float) -> float:
+        """Return what the first `updates` cost, in pixels of one side squared: for time left."""
+        starts = [0, *(change - 1 for change in self.size_changes)]
+        ends = [*starts[1:], self.total]
+        return sum(
+            side**2 * min(max(updates - start, 0), end - start)
+            for side, start, end in zip(self.sides_px, starts, ends, strict=True)
+        )
 
     def lr_factor(self, step: int) -> float:
         """Return the schedule's rate of update `step` (0 for the first) over optim.lr."""
@@ -87,7 +97,8 @@ def make_plan(
         batch_size=train.examples_per_update,
     )
     changes = tuple(math.ceil(start * total - 1e-6) + 1 for start, _ in sizes[1:])
-    return Plan(total, warmup, steps_per_epoch, schedule, changes)
+    sides = tuple(px for _, px in sizes)
+    return Plan(total, warmup, steps_per_epoch, schedule, changes, sides)
 
 
 def fit_total(timing: Timing, budget_s: float, sizes: Sizes, eval_steps: int) -> int:

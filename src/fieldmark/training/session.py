@@ -152,7 +152,8 @@ class Session:
         """
         started = time.monotonic()
         size = self.train.examples_per_update
-        bar = Bar("training", self.plan.total * size, "images")
+        total = self.plan.total * size
+        bar = Bar("training", total, "images", work=lambda done: self.plan.work(done / size))
         bar.start(self.start * size)
         try:
             with stop_requests() as asked:
@@ -217,7 +218,8 @@ class Session:
 
     def _forecast(self, seconds: float) -> None:
         """Tell how long the rest will take, as the first updates suggest."""
-        left_s = seconds / FORECAST_STEPS * (self.plan.total - self.done)
+        done, total = self.plan.work(self.done), self.plan.work(self.plan.total)
+        left_s = seconds * (total - done) / (done - self.plan.work(self.done - FORECAST_STEPS))
         at = time.strftime("%H:%M", time.localtime(time.time() + left_s))
         say(
             f"about {duration(left_s)} to the last of {self.plan.total} updates, at {at}, "

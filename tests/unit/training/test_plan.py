@@ -7,7 +7,8 @@ import pytest
 
 from fieldmark.config import ScheduleConfig, TrainConfig
 from fieldmark.errors import ConfigError
-from fieldmark.training.plan import Timing, fit_total, make_plan, mean_over_sizes
+from fieldmark.runtime.log import Bar
+from fieldmark.training.plan import Plan, Timing, fit_total, make_plan, mean_over_sizes
 
 SIZES = ((0.0, 24), (0.5, 32))
 
@@ -22,6 +23,18 @@ def test_updates_and_validations_fill_the_budget() -> None:
     total = fit_total(timing, 1000.0, SIZES, eval_steps=50)
     taken = total * (2.0 + 10.0 / 50) + 10.0
     assert 980 - 2.2 < taken <= 980  # 2 % in reserve
+
+
+def test_larger_images_still_to_come_count_in_the_time_left() -> None:
+    plan = Plan(100, 0, 10, ScheduleConfig(), size_changes=(51,), sides_px=(24, 32))
+    assert plan.work(50) == 50 * 24**2
+    assert plan.work(100) == 50 * 24**2 + 50 * 32**2
+    assert plan.work(75) - plan.work(50) == 25 * 32**2
+    bar = Bar("training", 1000, "images", work=lambda done: plan.work(done / 10))
+    bar.start()
+    bar.done = 500
+    assert bar._left_s(90.0) == pytest.approx(90 * (32 / 24) ** 2)  # as many, each dearer
+    assert Bar("evaluating", 1000, "images")._left_s(90.0) == 0.0  # nothing done: not known
 
 
 def test_a_budget_without_room_is_refused() -> None:
