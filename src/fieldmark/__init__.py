@@ -4,7 +4,8 @@
     run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
     fieldmark.export(run.path)
 
-The verbs are those of the command line; see `fieldmark.pipeline` and `fieldmark.tuning`.
+The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection` and
+`fieldmark.tuning`.
 """
 
 import importlib
@@ -30,27 +31,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fieldmark.pipeline import (
-        augment,
-        evaluate,
-        export,
-        info,
-        package,
-        predict,
-        quickstart,
-        recipes,
-        serve,
-        train,
-        verify,
-    )
+    from fieldmark.inspection import augment, info, quickstart, recipes
+    from fieldmark.pipeline import evaluate, export, package, predict, serve, train, verify
     from fieldmark.tuning import lr_find, sweep
 
-_TUNING = ("lr_find", "sweep")
+_ROOMS = {
+    "fieldmark.inspection": ("augment", "info", "quickstart", "recipes"),
+    "fieldmark.tuning": ("lr_find", "sweep"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        room = "fieldmark.tuning" if name in _TUNING else "fieldmark.pipeline"
+        found = (room for room, names in _ROOMS.items() if name in names)
+        room = next(found, "fieldmark.pipeline")
         return getattr(importlib.import_module(room), name)
     raise AttributeError(f"module 'fieldmark' has no attribute {name!r}")
 

@@ -118,7 +118,7 @@ def test_tuning_runs_as_written(in_empty_folder: Path) -> None:
     import sys
 
     for words in commands(ROOT / "docs" / "how-to" / "tune.md"):
-        program = [sys.executable, "-m", "fieldmark.cli", *words]
+        program = [sys.executable, "-m", "fieldmark", *words]
         done = subprocess.run(program, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stderr[-800:])
     assert (in_empty_folder / "rates.png").is_file()

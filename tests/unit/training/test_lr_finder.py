@@ -292,7 +292,7 @@ def test_the_verb_draws_reports_and_leaves_no_run(
 def test_a_signal_ends_it_without_a_trace(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    words = [sys.executable, "-m", "fieldmark.cli", "lr-find", "digits", "train.threads=1"]
+    words = [sys.executable, "-m", "fieldmark", "lr-find", "digits", "train.threads=1"]
     process = subprocess.Popen(
         [*words, "--out", str(tmp_path / "plot.png")],
         env={**os.environ, "TMPDIR": str(tmp_path)},

@@ -24,7 +24,7 @@ from fieldmark.training.sweep import sweep
 LR = "optim.lr=log:0.01..1"
 EPOCHS = ("train.batch_size=16", "train.epochs=3")
 ONE_UPDATE = ("train.batch_size=16", "train.steps=1")
-COMMAND = [sys.executable, "-m", "fieldmark.cli"]
+COMMAND = [sys.executable, "-m", "fieldmark"]
 
 
 @pytest.fixture
