@@ -22,6 +22,7 @@ __all__ = [
     "lr_find",
     "package",
     "predict",
+    "quantize",
     "quickstart",
     "recipes",
     "serve",
@@ -32,7 +33,16 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fieldmark.inspection import augment, info, quickstart, recipes
-    from fieldmark.pipeline import evaluate, export, package, predict, serve, train, verify
+    from fieldmark.pipeline import (
+        evaluate,
+        export,
+        package,
+        predict,
+        quantize,
+        serve,
+        train,
+        verify,
+    )
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {

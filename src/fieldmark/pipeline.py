@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript"]
+QuantizeMethod = Literal["auto", "static", "dynamic"]
+Calibration = Literal["minmax", "percentile", "entropy"]
 MAX_PARITY_IMAGES = 2_000
 
 
@@ -256,6 +258,66 @@ def export(model: str | Path, to: ExportFormat = "onnx", *, data: str = "") -> R
     changed = add_variant(folder, to, exported, kind=to, opset=opset)
     say(f"exported {folder / changed.manifest.variants[to].file} ({len(exported) / 1e6:.1f} MB)")
     return verify(str(folder), data=data, variants=[to])
+
+
+def quantize(
+    model: str | Path,
+    *,
+    method: QuantizeMethod = "auto",
+    max_drop: float = 0.5,
+    calibration: Calibration | None = None,
+    data: str = "",
+    split: str = "auto",
+    image_column: str = "",
+    label_column: str = "",
+    calib: str = "",
+    calib_images: int | None = None,
+    seed: int = 0,
+    plot: str | Path | None = None,
+) -> Result:
+    """Add an int8 variant of the ONNX one, calibrated on real images, and report on others.
+
+    Three sets of images that have none in common: calibration, selection (what `auto` looks at)
+    and report (looked at once, by `verify`).
+
+    Args:
+        method: auto tries calibrations, corrected biases and layers in float until the accuracy
+            holds; static takes one calibration as it is; dynamic rounds activations as they come.
+        max_drop: of top-1 accuracy, in points: auto's bound, and what is deployable.
+        calibration: minmax, percentile or entropy, for static alone.
+        data, split: to report on; default: test, else val, of what the package was trained on.
+        calib: to calibrate on; default: the training images.
+        calib_images: default 256; at most half of what `calib` has.
+        plot: a PNG of what auto tried.
+    """
+    require("torch", "train", "quantizing")
+    from fieldmark.evaluation.int8_run import INT8_VARIANT, quantize_package
+    from fieldmark.evaluation.int8_sets import MAX_REPORT_IMAGES
+    from fieldmark.packaging.manifest import package_folder
+
+    folder = package_folder(model)
+    made = quantize_package(
+        folder,
+        method=method,
+        max_drop=max_drop,
+        calibration=calibration,
+        report_on={
+            "data": data,
+            "split": split,
+            "image_column": image_column,
+            "label_column": label_column,
+        },
+        calib=calib,
+        calib_images=calib_images,
+        seed=seed,
+        plot=None if plot is None else Path(plot),
+    )
+    if not made.holds:
+        return Result(folder, made.facts, passed=False)
+    checked = verify(
+        folder, variants=[INT8_VARIANT], max_images=MAX_REPORT_IMAGES, **made.report_on
+    )
+    return Result(folder, made.facts | checked.facts, checked.passed)
 
 
 def verify(

@@ -15,6 +15,7 @@ VERBS = [
     "evaluate",
     "package",
     "export",
+    "quantize",
     "verify",
     "predict",
     "serve",

@@ -23,6 +23,7 @@ from fieldmark.cli.options import (
     app,
     finish,
 )
+from fieldmark.show.int8 import show_quantization
 
 
 @app.command()
@@ -141,6 +142,58 @@ def export(
     Example: fieldmark export runs/smoke --to onnx
     """
     finish(pipeline.export(model, to, data=data), as_json, show.show_verification)
+
+
+@app.command()
+def quantize(
+    model: Package,
+    method: Annotated[pipeline.QuantizeMethod, typer.Option()] = "auto",
+    max_drop: Annotated[
+        float, typer.Option(metavar="POINTS", help="Of top-1 accuracy: the bound.")
+    ] = 0.5,
+    calibration: Annotated[
+        pipeline.Calibration | None, typer.Option(help="Of --method static.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", metavar="SOURCE", help="Images to report on [test, else val].")
+    ] = "",
+    split: Annotated[str, typer.Option(help="Of --data: train, val, test, all or auto.")] = "auto",
+    calib: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Images to calibrate on [the training images].")
+    ] = "",
+    calib_images: Annotated[
+        int | None, typer.Option(min=1, help="At most half of what there is [256].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Accuracy over speed of what auto tried.")
+    ] = None,
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
+    as_json: Json = False,
+) -> None:
+    """Add an int8 variant that keeps the accuracy.
+
+    Integers for every layer; auto leaves the fewest in float that hold --max-drop. Exit status 1
+    when the bound does not hold.
+
+    Example: fieldmark quantize runs/smoke --plot frontier.png
+    """
+    result = pipeline.quantize(
+        model,
+        method=method,
+        max_drop=max_drop,
+        calibration=calibration,
+        data=data,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        calib=calib,
+        calib_images=calib_images,
+        seed=seed,
+        plot=plot,
+    )
+    finish(result, as_json, show_quantization)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
-Precision = Literal["float32"]
+Precision = Literal["float32", "int8"]
 VariantKind = Literal["onnx", "torchscript"]
 
 
@@ -19,6 +19,7 @@ class Limits:
 
     min_top1_agreement: float
     max_relative_delta_logit: float  # on golden samples, times max(1, largest |logit|)
+    max_accuracy_drop: float  # a fraction; a quantized variant may set itself a lower one
 
 
 # One entry for each precision, so that a coarser one brings its own bounds.
@@ -26,7 +27,13 @@ LIMITS: dict[Precision, Limits] = {
     # The same weights and arithmetic in another order of summation: float32 logits then differ
     # by about 1e-6 of their size, so 1e-3 is far from rounding and far from any real fault. Only
     # images whose two best classes nearly tie may change their answer: 2 of 2,000 pass.
-    "float32": Limits(min_top1_agreement=0.999, max_relative_delta_logit=1e-3),
+    # So few changed answers bound the accuracy by themselves.
+    "float32": Limits(
+        min_top1_agreement=0.999, max_relative_delta_logit=1e-3, max_accuracy_drop=1.0
+    ),
+    # Rounded weights and activations. Accuracy is what counts, and answers that change from one
+    # wrong class to another, or where two classes nearly tie, do not touch it.
+    "int8": Limits(min_top1_agreement=0.9, max_relative_delta_logit=0.25, max_accuracy_drop=0.01),
 }
 
 
@@ -140,16 +147,29 @@ class Parity(Entry):
     data: str  # which images, in words
     instruction_set: str  # of the machine it was measured on
 
-    def problems(self, precision: Precision) -> list[str]:
-        """Return a sentence for each limit that is missed."""
+    def problems(self, precision: Precision, max_drop: float | None = None) -> list[str]:
+        """Return a sentence for each limit that is missed.
+
+        Args:
+            max_drop: of accuracy, a fraction; None: the limit of the precision.
+        """
+        found = []
         least = LIMITS[precision].min_top1_agreement
         rate = self.top1_agreement
-        if rate.value >= least:
-            return []
-        return [
-            f"Top-1 agreement must be at least {least:.2%} for {precision}. "
-            f"Got {rate.value:.2%} on {rate.n} images ({self.data})."
-        ]
+        if rate.value < least:
+            found.append(
+                f"Top-1 agreement must be at least {least:.2%} for {precision}. "
+                f"Got {rate.value:.2%} on {rate.n} images ({self.data})."
+            )
+        most = LIMITS[precision].max_accuracy_drop if max_drop is None else max_drop
+        drop = self.accuracy_drop
+        if drop.value > most:
+            found.append(
+                f"Accuracy must drop by at most {100 * most:g} points. Got {100 * drop.value:.2f} "
+                f"({100 * drop.low:.2f} to {100 * drop.high:.2f}) on {drop.n} images "
+                f"({self.data})."
+            )
+        return found
 
 
 class TensorEntry(Entry):
@@ -158,6 +178,31 @@ class TensorEntry(Entry):
     name: str
     dtype: Literal["uint8", "float32"]
     shape: tuple[int | str, ...]  # a name stands for a size that is free
+
+
+class ImageSet(Entry):
+    """Which images something was fitted to, or chosen by."""
+
+    data: str  # in words
+    num_images: int = Field(gt=0)
+    seed: int  # of the choice
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the prepared pixels, in order
+
+
+class Quantization(Entry):
+    """How an int8 variant was made."""
+
+    method: Literal["static", "dynamic"]
+    calibration: Literal["minmax", "percentile", "entropy"] | None  # None: dynamic
+    reduce_range: bool  # weights of 7 bits
+    bias_corrected: bool
+    num_layers: int = Field(ge=0)  # that hold weights
+    layers_in_float: tuple[str, ...]
+    max_drop: float  # of accuracy, a fraction: the bound it must hold to be deployable
+    calibration_set: ImageSet | None  # None: dynamic
+    selection_set: ImageSet | None  # None: nothing was chosen by looking at images
+    num_tried: int = Field(ge=1)
+    instruction_set: str  # of the machine it was made for
 
 
 class Variant(Entry):
@@ -171,6 +216,7 @@ class Variant(Entry):
     outputs: tuple[TensorEntry, ...]
     golden: GoldenCheck | None = None
     parity: Parity | None = None
+    quantization: Quantization | None = None  # of int8
 
     @property
     def deployable(self) -> bool:
@@ -184,4 +230,11 @@ class Variant(Entry):
             found += self.golden.problems()
         if self.parity is None:
             return [*found, "Parity was not measured on real images."]
-        return found + self.parity.problems(self.precision)
+        return found + self.parity_problems(self.parity)
+
+    def parity_problems(self, parity: Parity) -> list[str]:
+        """Return a sentence for each limit of this variant that a comparison misses."""
+        quantization = self.quantization
+        return parity.problems(
+            self.precision, None if quantization is None else quantization.max_drop
+        )

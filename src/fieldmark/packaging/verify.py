@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fieldmark.errors import UnknownName
 from fieldmark.measure import Agreement, Predict, compare_logits
-from fieldmark.packaging.entries import GoldenCheck, Parity, Precision
+from fieldmark.packaging.entries import GoldenCheck, Parity
 from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.manifest import Package
 from fieldmark.packaging.write import record_parity
@@ -25,7 +25,6 @@ class VerifyResult:
 
     package: Package  # with the measurements recorded
     variant: str
-    precision: Precision
     golden: GoldenCheck
     parity: Parity | None  # measured now; None when only golden samples ran
     earlier_parity: Parity | None  # what the package keeps when it was not measured now
@@ -43,7 +42,9 @@ class VerifyResult:
     def problems(self) -> list[str]:
         """Return a sentence for each limit that was missed now."""
         found = self.golden.problems()
-        return found if self.parity is None else found + self.parity.problems(self.precision)
+        if self.parity is None:
+            return found
+        return found + self.package.manifest.variants[self.variant].parity_problems(self.parity)
 
     def notes(self) -> list[str]:
         """Return what a reader of the result should not overlook."""
@@ -116,7 +117,6 @@ def verify_variant(
     return VerifyResult(
         package=written,
         variant=variant_name,
-        precision=entry.precision,
         golden=golden,
         parity=parity,
         earlier_parity=entry.parity if parity is None else None,

@@ -20,6 +20,7 @@ from fieldmark.packaging.entries import (
     FileEntry,
     GoldenCheck,
     Parity,
+    Quantization,
     TensorEntry,
     Variant,
     VariantKind,
@@ -122,10 +123,14 @@ def add_variant(
     *,
     kind: VariantKind,
     opset: int | None = None,
+    quantization: Quantization | None = None,
 ) -> Package:
-    """Return the package with a float32 export added, or put in the place of an older one.
+    """Return the package with an export added, or put in the place of an older one.
 
     The new variant has no measurements: those of an older one were of other bytes.
+
+    Args:
+        quantization: how it was made int8; None: it is float32.
 
     Raises:
         PackageError: not a package, one that cannot be written, or a bad name.
@@ -141,11 +146,12 @@ def add_variant(
         images = ("batch", spec.height_px, spec.width_px, 3)
         variant = Variant(
             kind=kind,
-            precision="float32",
+            precision="float32" if quantization is None else "int8",
             file=file,
             opset=opset,
             inputs=(TensorEntry(name="images", dtype="uint8", shape=images),),
             outputs=(TensorEntry(name="logits", dtype="float32", shape=("batch", num_classes)),),
+            quantization=quantization,
         )
         (path / "variants").mkdir(exist_ok=True)
         write_atomic(path / file, data)

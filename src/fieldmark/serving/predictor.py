@@ -104,14 +104,14 @@ def open_predictor(
     predict = open_onnx(package, variant, threads)
     entry = package.manifest.variants[variant]
     if check and entry.parity is not None:
-        problems = entry.parity.problems(entry.precision)
+        problems = entry.parity_problems(entry.parity)
         if problems:
             raise CheckFailed(
                 f"variant {variant!r} of {package_path} must agree with the trained model. "
                 f"{' '.join(problems)} Run: fieldmark export {package_path}."
             )
     if check and package.manifest.golden.count:
-        result = check_golden(package, predict)
+        result = check_golden(package, predict, entry.precision, recorded=entry.golden)
         if not result.passed:
             raise CheckFailed(
                 f"variant {variant!r} of {package_path} must repeat its golden samples. "
