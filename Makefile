@@ -1,4 +1,4 @@
-# Each target sets up what it needs first, so any of them can be the first command in a fresh checkout.
+# Each target sets up what it needs, so any of them can be the first command in a fresh checkout.
 # PYTHON=/path/to/python chooses the interpreter, TORCH=cpu the smaller build of torch.
 BIN := .venv/bin
 FAST := not slow and not gpu and not network and not ray and not browser
