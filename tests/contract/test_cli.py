@@ -20,6 +20,7 @@ VERBS = [
     "serve",
     "recipes",
     "info",
+    "bench",
     "augment",
     "quickstart",
     "lr-find",
