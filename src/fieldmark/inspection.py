@@ -13,6 +13,7 @@ from fieldmark.pipeline import Result, export, predict, train
 if TYPE_CHECKING:
     from fieldmark.measure import Predict
     from fieldmark.packaging.manifest import Package
+    from fieldmark.serving.speed import Opener
 
 ROUNDS = 9  # the fewest whose median has a 95 % interval without the best and the worst
 SECONDS = 30.0
@@ -82,7 +83,7 @@ def bench(
         require("matplotlib", "train", "drawing the benchmark")
     package = open_package(package_folder(model))
     asked = Asked(variants, batches, threads, rounds, seconds, max_latency_ms, seed)
-    facts = time_package(package, asked, partial(_open_for_timing, package))
+    facts = time_package(package, asked, _opener(package, variants))
     if plot is not None:
         from fieldmark.evaluation.speed_plot import save_speed_plot
 
@@ -141,15 +142,24 @@ def quickstart(out: str | Path | None = None) -> Result:
     return Result(run.path, facts, exported.passed)
 
 
-def _open_for_timing(package: "Package", variant: str, threads: int) -> "Predict":
-    """Open a variant with so many threads: ONNX without torch."""
-    entry = package.manifest.variants.get(variant)
-    if entry is not None and entry.kind == "onnx":
-        from fieldmark.packaging.load import open_onnx
+def _opener(package: "Package", named: Sequence[str]) -> "Opener":
+    """Return what opens a variant with so many threads: ONNX without torch.
 
-        return open_onnx(package, variant, threads)
-    require("torch", "train", f"timing variant {variant!r}")
+    Torch is imported now if one of the named needs it, so that no variant's memory counts it.
+    """
+    from fieldmark.packaging.load import open_onnx
+
+    known = package.manifest.variants
+    of_torch = [name for name in named if name not in known or known[name].kind != "onnx"]
+    if not of_torch:
+        return partial(open_onnx, package)
+    require("torch", "train", f"timing variant {of_torch[0]!r}")
     from fieldmark.evaluation.backends import open_backend, with_threads
     from fieldmark.packaging.resolve import resolve_model
 
-    return with_threads(open_backend(resolve_model(str(package.path)), variant), threads)
+    def open_any(variant: str, threads: int) -> "Predict":
+        if variant in of_torch:
+            return with_threads(open_backend(resolve_model(str(package.path)), variant), threads)
+        return open_onnx(package, variant, threads)
+
+    return open_any

@@ -21,10 +21,11 @@ def save_speed_plot(path: Path, facts: dict[str, Any]) -> None:
     require("matplotlib", "train", "drawing the benchmark")
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
 
     variants = [item["variant"] for item in facts["variants"]]
     settings = facts["plan"]["settings"]
-    figure = Figure(figsize=(8.5, 5.0), dpi=110)
+    figure = Figure(figsize=(7.5, 5.0), dpi=110)
     axes = figure.subplots()
     for row in facts["rows"]:
         colour = f"C{variants.index(row['variant']) % 10}"
@@ -49,6 +50,9 @@ def save_speed_plot(path: Path, facts: dict[str, Any]) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):  # 40 rather than 4 x 10^1
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_xlabel("images/s: median and range of the rounds")
     axes.set_ylabel("ms for a batch: median, up to the 99th percentile")
     machine = facts["machine"]
@@ -70,7 +74,7 @@ def save_speed_plot(path: Path, facts: dict[str, Any]) -> None:
         )
         for text in settings
     ]
-    axes.legend(handles=lines + shapes, fontsize=8, loc="best")
+    axes.legend(handles=lines + shapes, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.15)
     write_atomic(path, file.getvalue())

@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from fieldmark.measure.timing import MIN_CALLS_FOR_P99
 from fieldmark.pipeline import Result
 from fieldmark.runtime.files import size_text
 from fieldmark.runtime.log import facts as facts_table
@@ -14,10 +15,14 @@ def show_bench(result: Result) -> None:
     """Show a row for each combination, then what each variant takes, and the preferred one."""
     facts = result.facts
     machine = facts["machine"]
-    columns = ["variant", "batch", "threads", "p50 ms", "p99 ms", "images/s", "range"]
-    ratio = f"to {facts['variants'][0]['variant']}"
-    table([*columns, ratio], [_row(row) for row in facts["rows"]])
-    typer.echo(f"{facts['plan']['rounds']} rounds on {machine['cpu']}, {machine['cores']} cores")
+    columns = ["variant", "batch", "threads", "p50 ms", "p99 ms", "n", "images/s", "range"]
+    first = facts["variants"][0]["variant"]
+    table([*columns, f"to {first}"], [_row(row) for row in facts["rows"]])
+    typer.echo(f"on {machine['cpu']}, {machine['cores']} cores, {facts['plan']['rounds']} rounds")
+    typer.echo(
+        f"threads 2x1: two calls at once with a thread each; a p99 needs {MIN_CALLS_FOR_P99}"
+    )
+    typer.echo(f"calls (n); to {first}: images/s in the same rounds, with a 95 % interval")
     typer.echo("")
     rows = []
     for item in facts["variants"]:
@@ -65,9 +70,10 @@ def _row(row: dict[str, Any]) -> list[Any]:
         row["batch"],
         f"{row['workers']}x{row['threads']}",
         _number(row["p50_ms"]["value"]),
-        f"- (n={row['p50_ms']['n']})" if p99 is None else f"{_number(p99['value'])} (n={p99['n']})",
+        "-" if p99 is None else _number(p99["value"]),
+        row["p50_ms"]["n"],
         _number(rate["median"]),
-        f"{_number(rate['min'])} to {_number(rate['max'])}",
+        f"{_number(rate['min'])}-{_number(rate['max'])}",
         "1" if ratio is None else _interval(ratio),
     ]
 
@@ -80,7 +86,7 @@ def _number(value: float) -> str:
 def _interval(ratio: dict[str, Any]) -> str:
     if ratio["low"] is None:
         return f"{ratio['value']:.2f}"
-    return f"{ratio['value']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})"
+    return f"{ratio['value']:.2f}  {ratio['low']:.2f}-{ratio['high']:.2f}"
 
 
 def _print_preferred(facts: dict[str, Any]) -> None:
