@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,23 @@ def test_what_torch_runs_is_timed_beside_but_never_preferred(
     assert "not deployable: It is the trained model" in " ".join(out.split())
     assert "nothing was recorded as preferred: onnx may be served too" in err
     assert json.loads(bench(copy, "--show", "--json")[1])["preferred"] == facts["preferred"]
+
+
+BLOCKED = """
+    import sys
+    sys.modules.update(dict.fromkeys(["torch", "timm", "onnx", "matplotlib", "safetensors"]))
+    from fieldmark import cli
+    cli.main()
+"""
+
+
+def test_onnx_is_timed_without_torch(tiny_package: Path) -> None:
+    options = [*FAST, "--batch", "1", "--threads", "1", "--json"]
+    program = [sys.executable, "-c", textwrap.dedent(BLOCKED), "bench", str(tiny_package), *options]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["preferred"]["variant"] == "onnx"
+    assert preferred(open_package(tiny_package)) is not None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from fieldmark.packaging.entries import GoldenCheck, Measured, Parity
 from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import open_package
+from fieldmark.runtime.seed import derive_seed
 from fieldmark.serving import preference
 from fieldmark.serving.bench import Asked, bench
 from fieldmark.serving.predictor import open_variant
@@ -28,7 +29,7 @@ from fieldmark.serving.workers import Setting
 
 
 def timing(name, rate, *, ms=5.0, batch=1, workers=1, threads=2, noise=0.001, rounds=9):
-    rng = np.random.default_rng(abs(hash((name, batch, workers, threads))) % 2**32)
+    rng = np.random.default_rng(derive_seed(name, batch, workers, threads))
     combo = Combo(name, batch, Setting(workers, threads))
     return Timing(combo, np.full(200, ms), rate * rng.normal(1, noise, rounds))
 
