@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "augment",
+    "bench",
     "evaluate",
     "export",
     "info",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fieldmark.inspection import augment, info, quickstart, recipes
+    from fieldmark.inspection import augment, bench, info, quickstart, recipes
     from fieldmark.pipeline import (
         evaluate,
         export,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {
-    "fieldmark.inspection": ("augment", "info", "quickstart", "recipes"),
+    "fieldmark.inspection": ("augment", "bench", "info", "quickstart", "recipes"),
     "fieldmark.tuning": ("lr_find", "sweep"),
 }
 

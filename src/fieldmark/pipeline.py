@@ -366,7 +366,8 @@ def predict(
     A broken file yields its error and the rest goes on. Memory does not grow with the number.
 
     Args:
-        variant: onnx, torchscript, torch (the trained model), or auto: onnx where there is one.
+        variant: onnx, torchscript, torch (the trained model), or auto: what `bench` found to be
+            the fastest here, else onnx where there is one.
     """
     from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.files import classify_files
@@ -389,6 +390,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    variant: str = "auto",
     threads: int = 0,
     max_body_bytes: int = 10_000_000,
     max_pixels: int = 50_000_000,
@@ -397,6 +399,8 @@ def serve(
     """Serve a package's ONNX variant over HTTP until SIGTERM or Ctrl-C.
 
     Args:
+        variant: auto takes what `bench` found to be the fastest here, else onnx.
+        threads: 0: as `bench` found, else all cores.
         announce: called with {"url", "model"} once the service is ready.
     """
     from fieldmark.packaging.manifest import package_folder
@@ -406,6 +410,7 @@ def serve(
         package_folder(model),
         host=host,
         port=port,
+        variant=variant,
         threads=threads,
         max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,

@@ -21,6 +21,7 @@ VERBS = [
     "serve",
     "recipes",
     "info",
+    "bench",
     "augment",
     "quickstart",
     "lr-find",

@@ -257,7 +257,10 @@ def serve(
     model: Package,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
+    variant: Annotated[
+        str, typer.Option(help="auto: what `fieldmark bench` found best here, else onnx.")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="0: as bench found, else all cores.")] = 0,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 10_000_000,
     max_pixels: Annotated[int, typer.Option(min=1)] = 50_000_000,
     as_json: Json = False,
@@ -272,6 +275,7 @@ def serve(
         model,
         host=host,
         port=port,
+        variant=variant,
         threads=threads,
         max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,

@@ -11,11 +11,15 @@ from fieldmark.cli.options import (
     ImageColumn,
     Json,
     LabelColumn,
+    Package,
     Recipe,
     Settings,
     app,
     finish,
 )
+from fieldmark.errors import ConfigError
+from fieldmark.inspection import MAX_LATENCY_MS, ROUNDS, SECONDS
+from fieldmark.show.bench import show_bench, show_record
 
 
 @app.command()
@@ -40,6 +44,64 @@ def info(
     """
     columns = {"image_column": image_column, "label_column": label_column}
     finish(inspection.info(target, pie=pie, **columns), as_json, show.show_info)
+
+
+@app.command()
+def bench(
+    model: Package,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one, or torch; may be repeated [all of ONNX]."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images in a call; may be repeated [1, 8].")
+    ] = None,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T|CxT", help="T threads, or C calls at once with T each [1, all]."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    seconds: Annotated[float, typer.Option(help="Of timing, over all rounds.")] = SECONDS,
+    max_latency_ms: Annotated[
+        float, typer.Option(help="What is slower (p99) is not preferred.")
+    ] = MAX_LATENCY_MS,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="JSON", help="Keep the results.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Latency over throughput.")
+    ] = None,
+    show_it: Annotated[
+        bool, typer.Option("--show", help="Measure nothing: print what is recorded.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a package's variants on this machine.
+
+    The best deployable one, and its threads, go to this machine's cache, where serve and predict
+    look them up.
+
+    Example: fieldmark bench runs/smoke --plot speed.png
+    """
+    if show_it:
+        given = (variant, batch, threads, out, plot, seed or None)
+        changed = (rounds, seconds, max_latency_ms) != (ROUNDS, SECONDS, MAX_LATENCY_MS)
+        if changed or any(value is not None for value in given):
+            raise ConfigError("--show must stand alone: it measures nothing. Remove the others.")
+        finish(inspection.preferred(model), as_json, show_record)
+        return
+    result = inspection.bench(
+        model,
+        variant or [],
+        batches=batch or [],
+        threads=threads or [],
+        rounds=rounds,
+        seconds=seconds,
+        max_latency_ms=max_latency_ms,
+        seed=seed,
+        out=out,
+        plot=plot,
+    )
+    finish(result, as_json, show_bench)
 
 
 @app.command()

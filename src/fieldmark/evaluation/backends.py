@@ -1,5 +1,9 @@
 """Opening any form of a model as a Predict."""
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from fieldmark.errors import PackageError, UnknownName
 from fieldmark.measure import Predict
 from fieldmark.model import InferenceModule, build, eager_predict
@@ -40,3 +44,15 @@ def open_backend(model: ResolvedModel, variant: str) -> Predict:
     if known[variant].kind == "onnx":
         return open_onnx(model.package, variant)
     return open_torchscript(model.package, variant)
+
+
+def with_threads(predict: Predict, threads: int) -> Predict:
+    """Return `predict`, run by torch with so many threads, whichever thread it is called from."""
+
+    def limited(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        # Setting the number, even to what it is, throws away what oneDNN has compiled.
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return predict(images)
+
+    return limited

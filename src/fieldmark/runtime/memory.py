@@ -50,6 +50,11 @@ def available_bytes(*, proc: Path = Path("/proc"), sys_fs: Path = Path("/sys/fs"
     return Room(max(0, smallest.num_bytes), smallest.source)
 
 
+def resident_bytes() -> int | None:
+    """Return the memory that this process holds now, or None where the kernel does not show it."""
+    return _field(Path("/proc/self/status"), "VmRSS")
+
+
 def peak_resident_bytes() -> int:
     """Return the most memory that this process held at once, without its child processes.
 

@@ -2,7 +2,7 @@
 
 A request: its query and declared size are checked -> the body is read and counted -> it takes a
 place among those inside, or is refused -> the image is decoded and validated in a thread -> the
-model runs in a thread, one request at a time -> the answer.
+model runs in a thread, as many requests at a time as it has workers -> the answer.
 """
 
 import asyncio
@@ -55,11 +55,13 @@ _REQUEST_BODY = {
 
 
 class Line:
-    """Requests wait in line: a few decode at once, one is in the model, a bounded rest waits."""
+    """Requests wait in line: a few decode at once, one for each worker is in the model, a bounded
+    rest waits.
+    """
 
     def __init__(self, num_decoders: int, max_inside: int = MAX_INSIDE) -> None:
         self._decoding = asyncio.Semaphore(num_decoders)
-        self._predicting = asyncio.Semaphore(1)
+        self._predicting: asyncio.Semaphore | None = None  # until the model is known
         self._max_inside = max_inside
         self._num_inside = 0
 
@@ -71,6 +73,8 @@ class Line:
             raise Busy(
                 f"at most {self._max_inside} requests may wait. Got one more. Retry in a moment."
             )
+        if self._predicting is None:
+            self._predicting = asyncio.Semaphore(predictor.workers)
         self._num_inside += 1
         try:
             async with self._decoding:

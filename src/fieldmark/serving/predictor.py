@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import open_package
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
+from fieldmark.serving.preference import preferred
+from fieldmark.serving.workers import Setting, open_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Predictor:
     class_names: tuple[str, ...]  # in the order of the logits
     class_descriptions: tuple[str, ...]  # of the same length, empty where there is none
     model_id: str
+    workers: int = 1  # calls of `predict` that may run at once
 
     @property
     def num_classes(self) -> int:
@@ -86,7 +90,11 @@ class Predictor:
 
 
 def open_predictor(
-    package_path: str | Path, variant: str = "onnx", threads: int = 0, check: bool = True
+    package_path: str | Path,
+    variant: str = "onnx",
+    threads: int = 0,
+    check: bool = True,
+    workers: int = 1,
 ) -> Predictor:
     """Return the predictor of a package, once its golden samples give what was recorded.
 
@@ -94,6 +102,7 @@ def open_predictor(
         variant: an ONNX variant of the package.
         threads: of the model; 0: as many as this process may use.
         check: whether to run the golden samples. A package without any is opened with a note.
+        workers: calls that may run at once, each with `threads`.
 
     Raises:
         PackageError: the folder is not a package, or is damaged.
@@ -101,7 +110,9 @@ def open_predictor(
             measured to disagree with the trained model.
     """
     package = open_package(package_path)
-    predict = open_onnx(package, variant, threads)
+    predict = open_workers(
+        partial(open_onnx, package, variant), Setting(workers, threads), shared=True
+    )
     entry = package.manifest.variants[variant]
     if check and entry.parity is not None:
         problems = entry.parity_problems(entry.parity)
@@ -125,6 +136,7 @@ def open_predictor(
         class_names=package.class_names,
         class_descriptions=package.class_descriptions,
         model_id=package.id,
+        workers=workers,
     )
 
 
@@ -134,13 +146,21 @@ def open_variant(
     """Return the predictor of any variant of a package: the ONNX one without torch.
 
     Args:
-        variant: a variant, torch for the trained model, or auto: onnx where there is one.
+        variant: a variant, torch for the trained model, or auto: the one that this machine
+            prefers, else onnx where there is one.
         open_with_torch: opens the package's other variants.
 
     Raises:
         PackageError: auto, without an ONNX variant and without torch.
     """
     package = open_package(folder)
+    found = preferred(package) if variant == "auto" else None
+    if found is not None and found.choice is not None:
+        choice = found.choice
+        log.say(f"variant {choice.variant}: preferred on this machine")
+        # Batches go through the model one after another, so one call at a time has all cores.
+        threads = choice.threads if choice.workers == 1 else 0
+        return open_predictor(folder, choice.variant, threads)
     if variant == "onnx" or (variant == "auto" and "onnx" in package.manifest.variants):
         return open_predictor(folder)
     try:

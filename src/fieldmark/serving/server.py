@@ -14,10 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from fieldmark.errors import ConfigError
+from fieldmark.packaging.manifest import open_package
 from fieldmark.preprocess import MAX_PIXELS
 from fieldmark.runtime import log
 from fieldmark.serving.app import MAX_BODY_BYTES, create_app
 from fieldmark.serving.predictor import Predictor, open_predictor
+from fieldmark.serving.preference import choose_served
 
 END_WITHIN_S = 30  # requests still running then are cut off
 
@@ -27,7 +29,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    variant: str = "onnx",
+    variant: str = "auto",
     threads: int = 0,
     check: bool = True,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -40,7 +42,9 @@ def serve(
 
     Args:
         port: 0 takes a free one.
-        variant, threads, check: as in `open_predictor`.
+        variant: auto takes what this machine prefers (see `preference`), else onnx.
+        threads: of the model; 0: those that the preferred variant was fastest with, or all cores.
+        check: as in `open_predictor`.
         announce: called with {"url", "model"} once the service is ready.
 
     Raises:
@@ -54,7 +58,11 @@ def serve(
 
         def load() -> None:
             try:
-                predictor = open_predictor(package_path, variant, threads, check)
+                chosen = choose_served(open_package(package_path), variant, threads)
+                setting = chosen.setting
+                predictor = open_predictor(
+                    package_path, chosen.variant, setting.threads, check, setting.workers
+                )
             except BaseException as error:  # noqa: BLE001  # raised again by the main thread
                 loaded.set_exception(error)
                 server.should_exit = True
@@ -64,7 +72,8 @@ def serve(
                 if announce is not None:
                     announce({"url": url, "model": predictor.model_id})
                 log.say(
-                    f"Serving {package_path} at {url} (try it at {url}/docs). Ask it: "
+                    f"Serving {package_path} at {url} (try it at {url}/docs) with variant "
+                    f"{chosen.variant}, {setting.words()} ({chosen.why}). Ask it: "
                     f"curl --data-binary @image.jpg '{url}/v1/classify?top_k=1'"
                 )
 

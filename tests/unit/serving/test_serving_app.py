@@ -1,6 +1,7 @@
 """app.py: one image in, ranked classes out, and one shape for every error."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import struct
@@ -397,6 +398,20 @@ def test_concurrent_requests_get_the_answers_they_get_alone(make_predictor, enco
     assert watched.most["predict"] == 1
     assert 1 <= watched.most["decode"] <= num_cores()
     assert loop_thread not in watched.threads
+
+
+def test_as_many_requests_are_in_the_model_as_it_has_workers(make_predictor, encode):
+    meet = threading.Barrier(2)
+
+    def pair(pixels):
+        meet.wait(10)  # broken, and so status 500, unless two are inside together
+        return np.zeros((len(pixels), 3), np.float32)
+
+    predictor = dataclasses.replace(make_predictor(pair), workers=2)
+    watched = Watched(predictor)
+    replies, _ = together(create_app(predictor), [encode("red")] * 6)
+    assert [reply.status_code for reply in replies] == [200] * 6
+    assert watched.most["predict"] == 2
 
 
 def test_the_event_loop_answers_while_the_model_works(make_predictor, encode):
