@@ -4,8 +4,8 @@
     run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
     fieldmark.export(run.path)
 
-The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection` and
-`fieldmark.tuning`.
+The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection`,
+`fieldmark.tuning` and `fieldmark.calibration`.
 """
 
 import importlib
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "augment",
+    "calibrate",
     "evaluate",
     "export",
     "info",
@@ -31,11 +32,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fieldmark.calibration import calibrate
     from fieldmark.inspection import augment, info, quickstart, recipes
     from fieldmark.pipeline import evaluate, export, package, predict, serve, train, verify
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {
+    "fieldmark.calibration": ("calibrate",),
     "fieldmark.inspection": ("augment", "info", "quickstart", "recipes"),
     "fieldmark.tuning": ("lr_find", "sweep"),
 }

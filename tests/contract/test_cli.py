@@ -16,6 +16,7 @@ VERBS = [
     "package",
     "export",
     "verify",
+    "calibrate",
     "predict",
     "serve",
     "recipes",

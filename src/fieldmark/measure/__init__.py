@@ -1,19 +1,41 @@
-"""What a number is: rates with intervals, top-k, losses, agreement. numpy only."""
+"""What a number is: rates with intervals, top-k, losses, agreement, calibration. numpy only."""
 
 from fieldmark.measure.agreement import Agreement, compare_logits
+from fieldmark.measure.calibration import (
+    Calibration,
+    Estimate,
+    TemperatureFit,
+    ece,
+    ece_increase,
+    fit_temperature,
+    measure_calibration,
+    nll,
+    nll_change,
+    reliability,
+)
 from fieldmark.measure.predict import Predict
 from fieldmark.measure.rates import Rate, mcnemar_p, paired_difference, wilson
 from fieldmark.measure.scores import Scores, log_softmax, score, softmax, top_k_hits
 
 __all__ = [
     "Agreement",
+    "Calibration",
+    "Estimate",
     "Predict",
     "Rate",
     "Scores",
+    "TemperatureFit",
     "compare_logits",
+    "ece",
+    "ece_increase",
+    "fit_temperature",
     "log_softmax",
     "mcnemar_p",
+    "measure_calibration",
+    "nll",
+    "nll_change",
     "paired_difference",
+    "reliability",
     "score",
     "softmax",
     "top_k_hits",

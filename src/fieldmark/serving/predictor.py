@@ -33,6 +33,7 @@ class Predictor:
     class_names: tuple[str, ...]  # in the order of the logits
     class_descriptions: tuple[str, ...]  # of the same length, empty where there is none
     model_id: str
+    temperature: float = 1.0  # divides the logits before softmax; rankings do not change
 
     @property
     def num_classes(self) -> int:
@@ -73,7 +74,7 @@ class Predictor:
                 "the model's output must be finite. Got NaN or infinity. "
                 "Run: fieldmark verify PACKAGE."
             )
-        probabilities = softmax(logits)
+        probabilities = softmax(logits, self.temperature)
         # By logit: two probabilities may both be rounded to 0 where the logits still differ.
         order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
         return [
@@ -125,6 +126,7 @@ def open_predictor(
         class_names=package.class_names,
         class_descriptions=package.class_descriptions,
         model_id=package.id,
+        temperature=package.temperature,
     )
 
 
@@ -158,4 +160,5 @@ def open_variant(
         class_names=package.class_names,
         class_descriptions=package.class_descriptions,
         model_id=package.id,
+        temperature=package.temperature,
     )
