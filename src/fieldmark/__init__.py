@@ -4,8 +4,8 @@
     run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
     fieldmark.export(run.path)
 
-The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection` and
-`fieldmark.tuning`.
+The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection`,
+`fieldmark.tuning` and `fieldmark.calibration`.
 """
 
 import importlib
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "augment",
     "bench",
+    "calibrate",
     "evaluate",
     "export",
     "info",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fieldmark.calibration import calibrate
     from fieldmark.inspection import augment, bench, info, quickstart, recipes
     from fieldmark.pipeline import (
         evaluate,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {
+    "fieldmark.calibration": ("calibrate",),
     "fieldmark.inspection": ("augment", "bench", "info", "quickstart", "recipes"),
     "fieldmark.tuning": ("lr_find", "sweep"),
 }

@@ -189,6 +189,8 @@ def evaluate(
         batch_size=batch_size,
     )
     about = {"model": str(model), "variant": variant, "data": data, "split": chosen.name}
+    confidence = resolved.package and resolved.package.manifest.confidence
+    facts = about | evaluation.to_json(class_names, confidence.temperature if confidence else None)
     folder = Path(out) if out else evaluation_folder(Path(model), chosen.name, variant)
     if folder is not None:
         write_evaluation(
@@ -196,9 +198,9 @@ def evaluate(
             evaluation,
             class_names=class_names,
             image_names=[chosen.images.name(index) for index in range(len(chosen))],
-            about=about,
+            facts=facts,
         )
-    return Result(folder, about | evaluation.scores.to_json(list(class_names)))
+    return Result(folder, facts)
 
 
 def package(

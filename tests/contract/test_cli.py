@@ -17,6 +17,7 @@ VERBS = [
     "export",
     "quantize",
     "verify",
+    "calibrate",
     "predict",
     "serve",
     "recipes",

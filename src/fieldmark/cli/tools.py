@@ -1,13 +1,14 @@
-"""The verbs beside the main job: looking, tuning."""
+"""The verbs beside the main job: looking, tuning, calibrating."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fieldmark import inspection, show, tuning
+from fieldmark import calibration, inspection, pipeline, show, tuning
 from fieldmark.cli.options import (
     SOURCES,
+    Data,
     ImageColumn,
     Json,
     LabelColumn,
@@ -20,6 +21,7 @@ from fieldmark.cli.options import (
 from fieldmark.errors import ConfigError
 from fieldmark.inspection import MAX_LATENCY_MS, ROUNDS, SECONDS
 from fieldmark.show.bench import show_bench, show_record
+from fieldmark.show.confidence import show_calibration
 
 
 @app.command()
@@ -184,3 +186,35 @@ def sweep(
         recipe, settings or [], out=out, trials=trials, metric=metric, resume=resume
     )
     finish(result, as_json, show.show_sweep)
+
+
+@app.command()
+def calibrate(
+    model: Package,
+    data: Data = "",
+    split: Annotated[str, typer.Option(help="train, val, test, all or auto.")] = "auto",
+    max_images: Annotated[int, typer.Option(min=1)] = pipeline.MAX_PARITY_IMAGES,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Reliability diagram, before and after.")
+    ] = None,
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
+    as_json: Json = False,
+) -> None:
+    """Make a package's probabilities mean what they say.
+
+    Fits a temperature on the recorded validation images, or on --data, and checks every variant
+    with it. No ranking changes. Exit status 1 when a check fails.
+
+    Example: fieldmark calibrate runs/smoke --plot reliability.png
+    """
+    result = calibration.calibrate(
+        model,
+        data=data,
+        split=split,
+        max_images=max_images,
+        plot=plot,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    finish(result, as_json, show_calibration)

@@ -47,6 +47,10 @@ def describe_package(package: Package) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "preprocess_digest": manifest.preprocess.digest(),
         "golden": manifest.golden.model_dump(mode="json"),
+        "temperature": package.temperature,
+        "confidence": None
+        if manifest.confidence is None
+        else manifest.confidence.model_dump(mode="json"),
         "variants": {
             name: variant.model_dump(mode="json")
             | {

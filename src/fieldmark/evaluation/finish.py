@@ -12,13 +12,15 @@ from fieldmark.config import RunConfig
 from fieldmark.data.counts import class_counts
 from fieldmark.data.labelled import Source, Split
 from fieldmark.data.split import Splits
-from fieldmark.errors import ConfigError, ImageError
+from fieldmark.errors import ConfigError, DataError, ImageError
 from fieldmark.evaluation.backends import open_module
+from fieldmark.evaluation.confidence import fit_confidence
 from fieldmark.evaluation.run import Evaluation, evaluate_split, write_evaluation
 from fieldmark.evaluation.splits import pick_split, spread_over
 from fieldmark.evaluation.views import six_views
 from fieldmark.measure import Predict
 from fieldmark.model import Architecture, InferenceModule, eager_predict, num_parameters
+from fieldmark.packaging.entries import Confidence
 from fieldmark.packaging.golden import GoldenSamples, make_golden, synthetic_images
 from fieldmark.packaging.resolve import ResolvedModel
 from fieldmark.packaging.write import write_package
@@ -45,7 +47,7 @@ def finish_run(
     network = network.to(memory_format=torch.contiguous_format)
     module = InferenceModule(network, preprocess.mean, preprocess.std)
     predict = eager_predict(module, device)
-    measured = _measure(folder, config, splits, preprocess, predict)
+    measured, confidence, note = _measure(folder, config, splits, preprocess, predict)
     data = config.data
     training = training | {
         "recipe": config.name,
@@ -71,6 +73,10 @@ def finish_run(
         "class_counts": class_counts(splits.parts(), splits.class_names),
         "broken": training["broken"],
         "selected_by": training["selected_by"],
+        "confidence": {
+            "temperature": None if confidence is None else confidence.temperature,
+            "note": note,
+        },
     }
     if "probe" in training:
         facts["probe"] = training["probe"]
@@ -96,6 +102,7 @@ def finish_run(
         license=config.package.license or (pretrained.license if pretrained else ""),
         source=pretrained.source if pretrained else f"trained by fieldmark {__version__}",
         name=config.name or folder.name,
+        confidence=confidence,
         replace=True,  # a run that was stopped in between packages again
     )
     write_json(folder / RESULT_FILE, facts)  # last: it says that the run has ended
@@ -104,8 +111,11 @@ def finish_run(
 
 def _measure(
     folder: Path, config: RunConfig, splits: Splits, preprocess: Preprocess, predict: Predict
-) -> dict[str, Any]:
-    """Return the figures of val and test, where there are such splits; keep the predictions."""
+) -> tuple[dict[str, Any], Confidence | None, str]:
+    """Return the figures of val and test, where there are such splits; keep the predictions.
+
+    With them come the temperature, which is fitted on val alone, and a sentence about it.
+    """
     evaluate = partial(
         evaluate_split,
         preprocess=preprocess,
@@ -114,19 +124,40 @@ def _measure(
         class_descriptions=None,
         batch_size=config.eval.batch_size,
     )
+    held_out = {name: split for name, split in splits.parts().items() if name != "train"}
+    evaluations = {name: evaluate(predict, split) for name, split in held_out.items()}
+    confidence, note = _confidence(evaluations.get("val"), splits, folder, config.data.source)
+    temperature = None if confidence is None else confidence.temperature
     measured: dict[str, Any] = {}
-    for name in ("val", "test"):
-        split = splits.parts().get(name)
-        if split is None:
-            continue
-        measured[name] = _keep(folder, evaluate(predict, split), split, splits, config)
+    for name, split in held_out.items():
+        measured[name] = _keep(folder, evaluations[name], split, splits, config, temperature)
         if config.eval.views == "six":
             scores = evaluate(six_views(predict), split).scores
             measured[name]["six_views"] = {
                 "top1_accuracy": scores.top1_accuracy.to_json(),
                 "loss": scores.loss,
             }
-    return measured
+    return measured, confidence, note
+
+
+def _confidence(
+    val: Evaluation | None, splits: Splits, folder: Path, source: str
+) -> tuple[Confidence | None, str]:
+    """Return the temperature fitted on val, or None, and a sentence about it."""
+    if val is None:
+        return None, (
+            "not calibrated, for want of a val split. "
+            f"Run: fieldmark calibrate {folder} --data SOURCE."
+        )
+    data = f"{len(val.labels)} images of {source}, val"
+    try:
+        found = fit_confidence(val.logits, val.labels, data=data, fingerprint=splits.fingerprint)
+    except DataError as error:
+        return None, f"not calibrated: {error}"
+    return found, (
+        f"temperature {found.temperature:.3f} (95 % interval {found.low:.3f} to {found.high:.3f}), "
+        f"fitted on {data}"
+    )
 
 
 def package_model(
@@ -147,6 +178,7 @@ def package_model(
     module = open_module(model)
     predict = eager_predict(module)
     measured: dict[str, Any] = dict(model.package.manifest.metrics) if model.package else {}
+    confidence = model.package.manifest.confidence if model.package else None
     split: Split | None = None
     if source is not None:
         split = pick_split(source, "auto", training=model.training)
@@ -159,7 +191,11 @@ def package_model(
             class_descriptions=model.class_descriptions,
             batch_size=64,
         )
-        measured[split.name] = {"data": source.spec, **evaluation.scores.to_json(list(class_names))}
+        temperature = None if confidence is None else confidence.temperature
+        measured[split.name] = {
+            "data": source.spec,
+            **evaluation.to_json(class_names, temperature),
+        }
     write_package(
         out,
         network=module.network,
@@ -174,6 +210,7 @@ def package_model(
         license=license or model.license,
         source=model.source,
         name=model.name,
+        confidence=confidence,
     )
     scores = measured[split.name] if split is not None else {}
     return {
@@ -185,18 +222,24 @@ def package_model(
 
 
 def _keep(
-    folder: Path, evaluation: Evaluation, split: Split, splits: Splits, config: RunConfig
+    folder: Path,
+    evaluation: Evaluation,
+    split: Split,
+    splits: Splits,
+    config: RunConfig,
+    temperature: float | None,
 ) -> dict[str, Any]:
     """Write an evaluation into the run; return its figures."""
     about = {"data": config.data.source, "split": split.name, "images": splits.origin[split.name]}
+    facts = about | evaluation.to_json(splits.class_names, temperature)
     write_evaluation(
         folder / "evaluations" / split.name,
         evaluation,
         class_names=splits.class_names,
         image_names=[split.images.name(index) for index in range(len(split))],
-        about=about,
+        facts=facts,
     )
-    return about | evaluation.scores.to_json(list(splits.class_names))
+    return facts
 
 
 def _golden(

@@ -20,7 +20,7 @@ from fieldmark.packaging.verify import verify_variant
 from fieldmark.runtime.log import track, warn
 
 if TYPE_CHECKING:
-    from fieldmark.data.labelled import Source
+    from fieldmark.data.labelled import Source, Split
 
 _BATCH_SIZE = 50
 
@@ -99,21 +99,15 @@ def _parity_images(
     package: Package, data: str, columns: Mapping[str, str], wanted: str, max_images: int
 ) -> tuple[ParityImages | None, str]:
     """Return the images to compare on, or None and why there are none."""
-    training = package.manifest.training or {}
-    spec = data or str(training.get("source", ""))
     if importlib.util.find_spec("torch") is None:
         if data:
             require("torch", "train", "comparing on images")
         return None, "The trained model needs torch, which is not installed."
-    if not spec:
+    training = package.manifest.training
+    if not data and not (training or {}).get("source"):
         return None, "The package records no images. Name some with --data SOURCE."
-    from fieldmark.data.source import open_source
-
     try:
-        if spec == training.get("source") and not any(columns.values()):
-            columns = {name: str(training.get(name, "")) for name in columns}
-        source = open_source(spec, **columns)
-        return _open_images(package, source, wanted, max_images, is_default=not data), ""
+        return _open_parity(package, data, columns, wanted, max_images), ""
     except (DataError, UnknownName, MissingDependency) as error:
         if data:
             raise
@@ -121,28 +115,54 @@ def _parity_images(
         return None, f"The recorded images are not there: {error}"
 
 
-def _open_images(
-    package: Package, source: "Source", wanted: str, max_images: int, *, is_default: bool
+def _open_parity(
+    package: Package, data: str, columns: Mapping[str, str], wanted: str, max_images: int
 ) -> ParityImages:
-    from fieldmark.data.classes import match_classes
-    from fieldmark.data.held_out import eval_batches
-    from fieldmark.evaluation.backends import open_reference
     from fieldmark.evaluation.splits import pick_split, spread_over
-    from fieldmark.packaging.resolve import resolve_model
 
-    training = package.manifest.training or {}
-    if is_default and training.get("fingerprint") != source.fingerprint:
-        raise DataError(
-            f"{source.spec} must be what the model was trained on. Its fingerprint changed. "
-            "To compare on it all the same: --data and --split."
-        )
+    source = open_source_of(package, data, columns)
     chosen = pick_split(
         source,
         wanted,
-        training=training or None,
+        training=package.manifest.training or None,
         order=("val", "test", "all", "train"),
     )
-    chosen = spread_over(chosen, max_images)
+    return open_images(package, source, spread_over(chosen, max_images))
+
+
+def open_source_of(package: Package, data: str, columns: Mapping[str, str]) -> "Source":
+    """Return the source `data` names, or where that is empty, what the package was trained on.
+
+    Raises:
+        DataError: the package records none, or its images have changed.
+    """
+    from fieldmark.data.source import open_source
+
+    training = package.manifest.training or {}
+    spec = data or str(training.get("source", ""))
+    if not spec:
+        raise DataError(
+            f"{package.path} must record the images that it was trained on. It does not. "
+            "Name some with --data SOURCE."
+        )
+    if spec == training.get("source") and not any(columns.values()):
+        columns = {name: str(training.get(name, "")) for name in columns}
+    source = open_source(spec, **columns)
+    if not data and training.get("fingerprint") != source.fingerprint:
+        raise DataError(
+            f"{source.spec} must be what the model was trained on. Its fingerprint changed. "
+            "To use it all the same: --data and --split."
+        )
+    return source
+
+
+def open_images(package: Package, source: "Source", chosen: "Split") -> ParityImages:
+    """Return the images of a split, labelled as the package's classes, and the trained model."""
+    from fieldmark.data.classes import match_classes
+    from fieldmark.data.held_out import eval_batches
+    from fieldmark.evaluation.backends import open_reference
+    from fieldmark.packaging.resolve import resolve_model
+
     to_model = match_classes(source.class_names, package.class_names, package.class_descriptions)
 
     def batches() -> Iterator[Batch]:

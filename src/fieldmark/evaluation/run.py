@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fieldmark.data.classes import match_classes
 from fieldmark.data.held_out import eval_batches
 from fieldmark.data.labelled import Split
-from fieldmark.measure import Predict, Scores, score
+from fieldmark.measure import Predict, Scores, measure_calibration, nll_change, score
 from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.files import write_atomic, write_json
 from fieldmark.runtime.log import progress
@@ -25,6 +25,11 @@ class Evaluation:
     scores: Scores
     logits: npt.NDArray[np.float32]  # (N, K)
     labels: npt.NDArray[np.int64]  # (N,), in the order of the model's classes
+
+    def to_json(self, class_names: Sequence[str], temperature: float | None) -> dict[str, Any]:
+        """Return plain values: scores, and confidence without and with the temperature."""
+        figures = _confidence(self.logits, self.labels, temperature)
+        return self.scores.to_json(list(class_names)) | figures
 
 
 def evaluate_predict(
@@ -78,9 +83,13 @@ def write_evaluation(
     *,
     class_names: Sequence[str],
     image_names: Sequence[str],
-    about: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
-    """Write metrics.json and predictions.npz (names, labels, predicted, logits) into `folder`."""
+    """Write metrics.json and predictions.npz (names, labels, predicted, logits) into `folder`.
+
+    Args:
+        facts: the content of metrics.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(
@@ -92,10 +101,28 @@ def write_evaluation(
         logits=evaluation.logits,
     )
     write_atomic(folder / "predictions.npz", buffer.getvalue())
-    write_json(folder / "metrics.json", about | evaluation.scores.to_json(list(class_names)))
+    write_json(folder / "metrics.json", facts)
 
 
 def evaluation_folder(model: Path, split: str, variant: str) -> Path | None:
     """Return where an evaluation goes: beside a run's checkpoints; nowhere for other models."""
     is_run = (model / "checkpoints").is_dir()
     return model / "evaluations" / f"{split}-{variant}" if is_run else None
+
+
+def _confidence(
+    logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], temperature: float | None
+) -> dict[str, Any]:
+    """Return {"ece"} of logits, and with a temperature {"calibrated"}: NLL and ECE with it."""
+    if not np.isfinite(logits).all():
+        return {"ece": None}
+    figures: dict[str, Any] = {"ece": measure_calibration(logits, labels).ece.to_json()}
+    if temperature is not None:
+        after = measure_calibration(logits, labels, temperature)
+        figures["calibrated"] = {
+            "temperature": temperature,
+            "nll": after.nll.to_json(),
+            "nll_change": nll_change(logits, labels, 1.0, temperature).to_json(),
+            "ece": after.ece.to_json(),
+        }
+    return figures

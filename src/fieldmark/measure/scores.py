@@ -13,17 +13,22 @@ Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
-def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Return log probabilities (N, K), float64."""
+def log_softmax(
+    logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Return log probabilities (N, K), float64, of logits divided by `temperature`."""
     z = logits.astype(np.float64)
+    z /= temperature
     z -= z.max(axis=-1, keepdims=True)
     z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
     return z
 
 
-def softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Return probabilities (N, K), float64, rows summing to 1."""
-    return np.exp(log_softmax(logits))
+def softmax(
+    logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Return probabilities (N, K), float64, rows summing to 1, of logits / `temperature`."""
+    return np.exp(log_softmax(logits, temperature))
 
 
 def top_k_hits(logits: Logits, labels: Labels, k: int) -> npt.NDArray[np.bool_]:

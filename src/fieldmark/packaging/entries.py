@@ -36,6 +36,14 @@ LIMITS: dict[Precision, Limits] = {
     "int8": Limits(min_top1_agreement=0.9, max_relative_delta_logit=0.25, max_accuracy_drop=0.01),
 }
 
+# The most by which a variant's calibration error may certainly exceed the reference's, where the
+# package promises calibrated probabilities. Agreement and accuracy see only which class comes
+# first: a variant that scales all logits passes both, and this alone notices. Temperature scaling
+# leaves errors of 0.01 to 0.03, so 0.02 more would undo it. With few images the error is mostly
+# chance.
+MAX_ECE_INCREASE = 0.02
+MIN_ECE_IMAGES = 500
+
 
 def _inside(name: str) -> str:
     """Return `name` if it is a plain relative path, with '/', that stays in its folder."""
@@ -87,7 +95,7 @@ class GoldenEntry(Entry):
 
 
 class Measured(Entry):
-    """A fraction with its 95 % interval and the number of images."""
+    """A number, often a fraction, with its 95 % interval and the number of images."""
 
     value: float
     low: float
@@ -146,6 +154,15 @@ class Parity(Entry):
     accuracy_drop: Measured  # accuracy of the eager model minus the variant's, paired
     data: str  # which images, in words
     instruction_set: str  # of the machine it was measured on
+    # None: measured before confidence was, or the variant's logits are not finite.
+    reference_accuracy: Measured | None = None
+    accuracy: Measured | None = None
+    temperature: float | None = None  # of the package then; None: it had none, so 1
+    reference_ece: Measured | None = None
+    ece: Measured | None = None
+    ece_increase: Measured | None = None  # the variant's minus the eager model's, paired
+    reference_nll: Measured | None = None
+    nll: Measured | None = None
 
     def problems(self, precision: Precision, max_drop: float | None = None) -> list[str]:
         """Return a sentence for each limit that is missed.
@@ -169,7 +186,49 @@ class Parity(Entry):
                 f"({100 * drop.low:.2f} to {100 * drop.high:.2f}) on {drop.n} images "
                 f"({self.data})."
             )
+        drift = self.ece_increase if self.temperature is not None else None
+        if drift and drift.n >= MIN_ECE_IMAGES and drift.low > MAX_ECE_INCREASE:
+            found.append(
+                f"Calibration error must not exceed the trained model's by more than "
+                f"{MAX_ECE_INCREASE:g}. Got {drift.value:.3f} more (95 % interval {drift.low:.3f} "
+                f"to {drift.high:.3f}) on {drift.n} images ({self.data})."
+            )
         return found
+
+
+class ReliabilityBin(Entry):
+    """The images whose top probability is in (low, high]."""
+
+    low: float
+    high: float
+    count: int = Field(ge=0)
+    mean_confidence: float | None  # None: no images
+    accuracy: Measured | None  # None: no images
+
+
+class CalibrationEntry(Entry):
+    """How well probabilities fit what happened, at one temperature."""
+
+    nll: Measured  # in nats
+    ece: Measured
+    bins: tuple[ReliabilityBin, ...]
+
+
+class Confidence(Entry):
+    """What logits are divided by before softmax, and how it was found.
+
+    `predict` and `serve` apply it. Exported models, golden samples and rankings do not know it.
+    """
+
+    temperature: float = Field(gt=0)
+    low: float = Field(gt=0)  # of its 95 % interval
+    high: float = Field(gt=0)
+    data: str  # which images it was fitted on, in words
+    num_images: int = Field(gt=0)
+    fingerprint: str  # of the data source
+    before: CalibrationEntry  # at temperature 1, on the same images
+    after: CalibrationEntry
+    nll_change: Measured  # after minus before, paired
 
 
 class TensorEntry(Entry):

@@ -33,7 +33,10 @@ _NPZ_HEADER_BYTES = 1024  # more than the header of one array
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The class that a golden sample is given, and its probability."""
+    """The class that a golden sample is given, and its probability at temperature 1.
+
+    So it follows from the recorded logits alone, and stays true when confidence is calibrated.
+    """
 
     class_name: str
     probability: float

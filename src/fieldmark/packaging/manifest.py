@@ -24,6 +24,7 @@ from fieldmark.errors import IntegrityError, PackageError, UnknownName
 from fieldmark.packaging.entries import (
     ArchitectureEntry,
     ClassEntry,
+    Confidence,
     Entry,
     FileEntry,
     GoldenEntry,
@@ -55,6 +56,7 @@ class Manifest(Entry):
     training: dict[str, JsonValue] | None = None
     metrics: dict[str, JsonValue] = {}  # for each split
     golden: GoldenEntry
+    confidence: Confidence | None = None  # None: probabilities are the softmax of the logits
     variants: dict[str, Variant] = {}
     files: dict[RelativePath, FileEntry]
     license: str = ""
@@ -102,6 +104,12 @@ class Package:
     def preprocess(self) -> Preprocess:
         """How an encoded image becomes the model's input."""
         return self.manifest.preprocess
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before softmax; 1 where confidence was not calibrated."""
+        confidence = self.manifest.confidence
+        return 1.0 if confidence is None else confidence.temperature
 
     def variant(self, name: str, kind: VariantKind) -> Variant:
         """Return the variant of this name and kind, or raise PackageError saying what to run."""

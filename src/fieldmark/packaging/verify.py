@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fieldmark.errors import UnknownName
-from fieldmark.measure import Agreement, Predict, compare_logits
+from fieldmark.measure import (
+    Agreement,
+    Predict,
+    compare_logits,
+    ece_increase,
+    measure_calibration,
+    score,
+)
 from fieldmark.packaging.entries import GoldenCheck, Parity
 from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.manifest import Package
@@ -17,6 +24,7 @@ from fieldmark.packaging.write import record_parity
 from fieldmark.runtime.cpu import instruction_set
 
 Batches = Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
+_Compared = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +60,18 @@ class VerifyResult:
             return []
         if self.earlier_parity is None:
             return ["Parity was not measured: only golden samples ran, and no image was compared."]
-        n = self.earlier_parity.top1_agreement.n
-        return [
-            f"Parity was not measured again: only golden samples ran. "
-            f"The package keeps the earlier result on {n} images ({self.earlier_parity.data})."
+        earlier = self.earlier_parity
+        found = [
+            f"Parity was not measured again: only golden samples ran. The package keeps the "
+            f"earlier result on {earlier.top1_agreement.n} images ({earlier.data})."
         ]
+        then, now = earlier.temperature or 1.0, self.package.temperature
+        if earlier.nll is not None and then != now:
+            found.append(
+                f"Its calibration error was measured at temperature {then:.3f}, which is "
+                f"{now:.3f} now."
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; rates are {"value", "low", "high", "n"}, fractions."""
@@ -109,8 +124,11 @@ def verify_variant(
     if batches is not None:
         if reference is None:
             raise ValueError("reference must be given with batches: parity compares two models.")
-        agreement = _compare(reference, variant, batches)
-        parity = None if agreement is None else _parity(agreement, data)
+        compared = _run_both(reference, variant, batches)
+        if compared is not None:
+            agreement = compare_logits(*compared)
+            confidence = _confidence(package, *compared)
+            parity = _parity(agreement, confidence, data)
     written = record_parity(
         package.path, variant_name, file=entry.file, golden=golden, parity=parity
     )
@@ -123,8 +141,8 @@ def verify_variant(
     )
 
 
-def _compare(reference: Predict, variant: Predict, batches: Batches) -> Agreement | None:
-    """Return the agreement over all batches, or None when there is no image."""
+def _run_both(reference: Predict, variant: Predict, batches: Batches) -> _Compared | None:
+    """Return the logits (N, K) of both, and labels (N,), or None when there is no image."""
     references, variants, labels = [], [], []
     for images, batch_labels in batches:
         if len(images):
@@ -133,13 +151,38 @@ def _compare(reference: Predict, variant: Predict, batches: Batches) -> Agreemen
             labels.append(batch_labels)
     if not references:
         return None
-    return compare_logits(
-        np.concatenate(references), np.concatenate(variants), np.concatenate(labels)
+    return np.concatenate(references), np.concatenate(variants), np.concatenate(labels)
+
+
+def _confidence(
+    package: Package,
+    reference: npt.NDArray[np.float32],
+    variant: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """Return accuracy, calibration error and NLL of both, at the package's temperature."""
+    finite = bool(np.isfinite(reference).all() and np.isfinite(variant).all())
+    if not finite:
+        return {}
+    temperature = package.temperature
+    before, after = (
+        measure_calibration(logits, labels, temperature) for logits in (reference, variant)
     )
+    is_calibrated = package.manifest.confidence is not None
+    return {
+        "reference_accuracy": score(reference, labels).top1_accuracy.to_json(),
+        "accuracy": score(variant, labels).top1_accuracy.to_json(),
+        "temperature": temperature if is_calibrated else None,
+        "reference_ece": before.ece.to_json(),
+        "ece": after.ece.to_json(),
+        "ece_increase": ece_increase(reference, variant, labels, temperature).to_json(),
+        "reference_nll": before.nll.to_json(),
+        "nll": after.nll.to_json(),
+    }
 
 
-def _parity(agreement: Agreement, data: str) -> Parity:
-    values = agreement.to_json()
+def _parity(agreement: Agreement, confidence: dict[str, Any], data: str) -> Parity:
+    values = agreement.to_json() | confidence
     for key in ("max_abs_delta_logit", "mean_abs_delta_logit"):
         if not math.isfinite(values[key]):
             values[key] = None  # JSON has no infinity

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fieldmark import __version__
 from fieldmark.errors import PackageError
 from fieldmark.packaging.entries import (
+    Confidence,
     FileEntry,
     GoldenCheck,
     Parity,
@@ -67,6 +68,7 @@ def write_package(
     metrics: Mapping[str, Any] | None = None,
     license: str = "",
     source: str = "",
+    confidence: Confidence | None = None,
     replace: bool = False,
 ) -> Package:
     """Return the package written to `out`: built beside it, then renamed.
@@ -76,6 +78,7 @@ def write_package(
         golden: made with this network; None: the package has none, and no variant is deployable.
         training: how the weights came about; plain JSON values, as are `metrics` (by split).
         source: where the weights come from, in words.
+        confidence: fitted to the logits of this network.
         replace: put it in the place of an existing package.
 
     Raises:
@@ -105,6 +108,7 @@ def write_package(
         "golden": {"kind": golden_kind, "count": len(golden.encoded)}
         if golden
         else {"kind": "none", "count": 0},
+        "confidence": None if confidence is None else confidence.model_dump(mode="json"),
         "variants": {},
         "files": {path: _file_entry(data).model_dump() for path, data in files.items()},
         "license": license,
@@ -182,6 +186,24 @@ def record_parity(
         return _commit(package, name, variant.model_copy(update=update), {})
 
 
+def record_confidence(path: Path, confidence: Confidence, *, weights_sha256: str) -> Package:
+    """Return the package with the temperature recorded, in the place of an earlier one.
+
+    Args:
+        weights_sha256: of the weights whose logits it was fitted to.
+
+    Raises:
+        PackageError: the package holds other weights now, or cannot be written.
+    """
+    with _changing(path) as package:
+        if package.manifest.files[WEIGHTS].sha256 != weights_sha256:
+            raise PackageError(
+                f"{path} must keep its weights while confidence is calibrated. They were changed "
+                f"meanwhile. Run: fieldmark calibrate {path}."
+            )
+        return _rewrite(package, {"confidence": confidence.model_dump(mode="json")})
+
+
 @contextmanager
 def _changing(path: Path) -> Iterator[Package]:
     """Hold the package's lock and yield it as it is under the lock."""
@@ -202,16 +224,22 @@ def _writing(path: Path) -> Iterator[None]:
 def _commit(
     package: Package, name: str, variant: Variant, added: Mapping[str, FileEntry]
 ) -> Package:
-    """Put `variant` into the manifest by one rename, then remove what it no longer names."""
+    """Put `variant` into the manifest, and the files that it brings."""
     manifest = package.manifest
     variants = {**manifest.variants, name: variant}
     old = {entry.file for entry in manifest.variants.values()}
     kept = {entry.file for entry in variants.values()}
     files = {**manifest.files, **added}
-    content = manifest.model_dump(mode="json") | {
+    update = {
         "variants": {key: entry.model_dump(mode="json") for key, entry in variants.items()},
         "files": {key: files[key].model_dump() for key in files if key in kept or key not in old},
     }
+    return _rewrite(package, update)
+
+
+def _rewrite(package: Package, update: Mapping[str, Any]) -> Package:
+    """Change the manifest's top-level keys by one rename, then remove what it no longer names."""
+    content = package.manifest.model_dump(mode="json") | dict(update)
     changed = parse_manifest(_json_bytes(content), package.path / MANIFEST)
     write_json(package.path / MANIFEST, content)
     _remove_stale(package.path, changed)

@@ -37,6 +37,7 @@ class Predictor:
     class_descriptions: tuple[str, ...]  # of the same length, empty where there is none
     model_id: str
     workers: int = 1  # calls of `predict` that may run at once
+    temperature: float = 1.0  # divides the logits before softmax; rankings do not change
 
     @property
     def num_classes(self) -> int:
@@ -77,7 +78,7 @@ class Predictor:
                 "the model's output must be finite. Got NaN or infinity. "
                 "Run: fieldmark verify PACKAGE."
             )
-        probabilities = softmax(logits)
+        probabilities = softmax(logits, self.temperature)
         # By logit: two probabilities may both be rounded to 0 where the logits still differ.
         order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
         return [
@@ -137,6 +138,7 @@ def open_predictor(
         class_descriptions=package.class_descriptions,
         model_id=package.id,
         workers=workers,
+        temperature=package.temperature,
     )
 
 
@@ -178,4 +180,5 @@ def open_variant(
         class_names=package.class_names,
         class_descriptions=package.class_descriptions,
         model_id=package.id,
+        temperature=package.temperature,
     )

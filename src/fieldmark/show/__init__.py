@@ -10,6 +10,7 @@ import typer
 from fieldmark.pipeline import Result
 from fieldmark.runtime.log import duration, table, warn
 from fieldmark.runtime.log import facts as facts_table
+from fieldmark.show.confidence import confidence_rows, drift_rows
 
 if TYPE_CHECKING:
     from fieldmark.serving.files import FileResult
@@ -33,6 +34,7 @@ def _print_scores(facts: dict[str, Any]) -> None:
         rows.append(("top-5 accuracy", _rate(facts["top5_accuracy"])))
     rows.append(("balanced accuracy", _rate(facts["balanced_accuracy"])))
     rows.append(("loss", f"{facts['loss']:.4f} nats"))
+    rows += confidence_rows(facts)
     if "six_views" in facts:
         rows.append(("top-1 over six views", _rate(facts["six_views"]["top1_accuracy"])))
     facts_table(rows)
@@ -69,6 +71,9 @@ def show_run(result: Result) -> None:
         by = f"{chosen['split']} chose" if chosen["split"] else "the last: nothing chose"
         typer.echo(f"\nmeasured on {facts['measured_on']} (weights: {by} update {chosen['step']})")
         _print_scores(facts)
+    confidence = facts.get("confidence")
+    if confidence is not None:  # a run of an earlier version has none
+        typer.echo(f"confidence: {confidence['note']}")
     typer.echo(f"package: {facts['package']}")
     typer.echo(f"next:    fieldmark export {result.path}")
 
@@ -152,6 +157,7 @@ def _parity_rows(parity: dict[str, Any]) -> list[tuple[str, str]]:
             "accuracy drop",
             f"{drop['value']:.2%}  (95 % interval {drop['low']:.2%} to {drop['high']:.2%})",
         ),
+        *drift_rows(parity),
     ]
 
 
@@ -235,7 +241,7 @@ def show_info(result: Result) -> None:
     counts = facts.pop("class_counts", None)
     if counts is not None:
         _print_class_counts(counts)
-    for name in ("config", "class_names", "metrics", "training"):
+    for name in ("config", "class_names", "metrics", "training", "confidence"):
         value = facts.get(name)
         if value and len(json.dumps(value)) > 200:
             facts[name] = f"{len(value)} entries; see --json"

@@ -54,6 +54,17 @@ def test_ranks_by_logit_where_probabilities_vanish(make_predictor):
     assert [prediction.probability for prediction in ranked] == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 5.0])
+def test_a_temperature_divides_the_logits_and_ranks_no_other_class(make_predictor, temperature):
+    predictor = dataclasses.replace(
+        make_predictor(gives([-900.0, 3.0, 2.0])), temperature=temperature
+    )
+    [ranked] = predictor.classify_pixels(pixels())
+    assert [prediction.class_name for prediction in ranked] == ["green", "blue", "red"]
+    expected = 1 / (1 + np.exp(-1 / temperature))
+    assert ranked[0].probability == pytest.approx(expected, abs=1e-15)
+
+
 @pytest.mark.parametrize(("top_k", "expected"), [(None, 3), (1, 1), (2, 2), (3, 3), (9, 3)])
 def test_top_k(make_predictor, top_k, expected):
     [ranked] = make_predictor(gives([1.0, 3.0, 2.0])).classify_pixels(pixels(), top_k)
