@@ -4,8 +4,8 @@
     run = fieldmark.train("cifar10-resnet18", ["train.epochs=2"])
     fieldmark.export(run.path)
 
-The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection` and
-`fieldmark.tuning`.
+The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection`,
+`fieldmark.tuning` and `fieldmark.sharing`.
 """
 
 import importlib
@@ -22,6 +22,8 @@ __all__ = [
     "lr_find",
     "package",
     "predict",
+    "pull",
+    "push",
     "quickstart",
     "recipes",
     "serve",
@@ -33,10 +35,12 @@ __all__ = [
 if TYPE_CHECKING:
     from fieldmark.inspection import augment, info, quickstart, recipes
     from fieldmark.pipeline import evaluate, export, package, predict, serve, train, verify
+    from fieldmark.sharing import pull, push
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {
     "fieldmark.inspection": ("augment", "info", "quickstart", "recipes"),
+    "fieldmark.sharing": ("pull", "push"),
     "fieldmark.tuning": ("lr_find", "sweep"),
 }
 
