@@ -56,7 +56,8 @@ class FakeHub:
             return 200, [self._entry(path, files[path]) for path in asked if path in files], {}
         if verb == "preupload":
             asked = [item["path"] for item in json.loads(body)["files"]]
-            return 200, {"files": [{"path": p, "uploadMode": "regular"} for p in asked]}, {}
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return 200, {"files": [{"path": path} | how for path in asked]}, {}
         if verb == "resolve":
             data = files.get("/".join(rest[2:]))
             return (404, {}, {"X-Error-Code": "EntryNotFound"}) if data is None else (200, data, {})
@@ -115,7 +116,7 @@ def fake_hub() -> Iterator[FakeHub]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_POST = do_HEAD = do_GET
+        do_POST = do_GET  # noqa: N815
 
         def _chunked(self) -> bytes:
             data = b""

@@ -40,7 +40,7 @@ def push(
     from fieldmark.packaging.places import HUB, open_place
     from fieldmark.packaging.transfer import check_destination, send
 
-    place = open_place(destination, "DESTINATION")
+    place = open_place(destination, is_source=False)
     package = open_package(package_folder(model))
     package.check_files()
     on_hub = destination.startswith(HUB)
@@ -64,7 +64,7 @@ def push(
             "license": draft.manifest.license,
             "golden": draft.manifest.golden.model_dump(mode="json"),
             "changes": changes,
-            "card": "kept" if keep_card else "written anew",
+            "card": _card_words(sent, keep_card),
             "files": len(draft.manifest.files) + 2,  # with manifest and model card
             "bytes": draft.num_bytes + len(draft.text) + len(card),
         },
@@ -85,7 +85,7 @@ def pull(source: str, out: str | Path, *, expect: str = "") -> Result:
     from fieldmark.packaging.transfer import check_expected, take
 
     expect = check_expected(expect)
-    place = open_place(source, "SOURCE")
+    place = open_place(source, is_source=True)
     package = take(place, Path(out), expect=expect)
     manifest = package.manifest
     return Result(
@@ -102,6 +102,12 @@ def pull(source: str, out: str | Path, *, expect: str = "") -> Result:
             "bytes": sum(entry.bytes for entry in manifest.files.values()),
         },
     )
+
+
+def _card_words(sent: str, is_own: bool) -> str:
+    if sent == "nothing":
+        return "left as it is there"
+    return "README.md of the package" if is_own else "written from the manifest"
 
 
 def _draft(package: "Package", golden: SharedGolden, license: str) -> "tuple[Draft, list[str]]":

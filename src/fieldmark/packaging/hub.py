@@ -16,7 +16,7 @@ from fieldmark.packaging.entries import FileEntry
 from fieldmark.packaging.manifest import CARD, MANIFEST
 from fieldmark.packaging.places import CHUNK_BYTES, HUB, one_line, read_chunks
 from fieldmark.runtime.files import sha256_bytes
-from fieldmark.runtime.log import console
+from fieldmark.runtime.log import console, say
 
 TIMEOUT_S = 10.0  # of the first question: whoever is offline hears of it soon
 _ADDRESS = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
@@ -51,7 +51,7 @@ class Api(Protocol):
         """Return what has `oid`, the commit."""
 
 
-def open_hub(address: str) -> "HubPlace":
+def open_hub(address: str, *, must_exist: bool) -> "HubPlace":
     """Return the repository of hf:OWNER/NAME[@REVISION].
 
     Raises:
@@ -70,17 +70,20 @@ def open_hub(address: str) -> "HubPlace":
 
     if not console.is_terminal:
         disable_progress_bars()
-    return HubPlace(found[1], found[2], HfApi())
+    return HubPlace(found[1], found[2], HfApi(), must_exist=must_exist)
 
 
 class HubPlace:
     """A model repository at one revision."""
 
-    def __init__(self, repo_id: str, revision: str | None, api: Api) -> None:
+    def __init__(
+        self, repo_id: str, revision: str | None, api: Api, *, must_exist: bool = False
+    ) -> None:
         """Name the repository; it is asked when it is read."""
         self.words = f"{HUB}{repo_id}" + (f"@{revision}" if revision else "")
         self._repo_id, self._revision, self._api = repo_id, revision, api
         self._commit: str | None = None  # what the revision means, so that all files are of one
+        self._must_exist = must_exist
         self._asked = self._exists = False
 
     def read(self, name: str, at_most: int) -> bytes | None:
@@ -131,6 +134,7 @@ class HubPlace:
         with self._explained():
             if not self._exists:
                 self._api.create_repo(self._repo_id, private=True, exist_ok=True)
+                say(f"{self.words} is new, and private: its settings page can make it public")
             added = {name: draft.content(name) for name in files}
             added |= {CARD: card, MANIFEST: draft.text}
             operations: list[Any] = [
@@ -166,7 +170,7 @@ class HubPlace:
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                if self._revision is not None:
+                if self._must_exist or self._revision is not None:
                     raise
             else:
                 self._exists, self._commit = True, info.sha
@@ -245,8 +249,8 @@ class HubPlace:
         if isinstance(error, errors.HfHubHTTPError):
             return self._refusal(error)
         return (
-            f"{words} must be reachable. {one_line(error)}. Check the network, or use a folder: "
-            "file:///FOLDER."
+            f"{words} must be reachable. {type(error).__name__}: {one_line(error)}. Check the "
+            "network, or use a folder: file:///FOLDER."
         )
 
     def _refusal(self, error: Any) -> str:

@@ -68,11 +68,11 @@ class Place(Protocol):
         """Remove what a killed `send` of the package that is here has left."""
 
 
-def open_place(address: str, option: str) -> Place:
+def open_place(address: str, *, is_source: bool) -> Place:
     """Return the place of an address: hf:OWNER/NAME[@REVISION], or a URL.
 
     Args:
-        option: what the address is called in errors.
+        is_source: it is read, so that a repository must exist.
 
     Raises:
         ConfigError: it is neither.
@@ -81,10 +81,11 @@ def open_place(address: str, option: str) -> Place:
     if address.startswith(HUB):
         from fieldmark.packaging.hub import open_hub
 
-        return open_hub(address)
+        return open_hub(address, must_exist=is_source)
     if "://" not in address:
+        name = "SOURCE" if is_source else "DESTINATION"
         raise ConfigError(
-            f"{option} must be hf:OWNER/NAME or a URL such as file:///srv/packages/birds. "
+            f"{name} must be hf:OWNER/NAME or a URL such as file:///srv/packages/birds. "
             f"Got {address!r}. For a folder of this machine write file:// before its full path, "
             "or copy it with cp -r."
         )
@@ -129,7 +130,10 @@ class FileSystemPlace:
 
     def chunks(self, name: str, at_most: int) -> Iterator[bytes]:
         """Yield a file's content in parts, and stop after `at_most` bytes."""
-        with explained(self.words), self._fs.open(self._path(name), "rb") as file:
+        with (
+            explained(f"{self.words}/{name}"),
+            self._fs.open(self._path(name), "rb") as file,
+        ):
             yield from read_chunks(file, at_most)
 
     def check_writer(self) -> None:
@@ -150,10 +154,11 @@ class FileSystemPlace:
         files = draft.manifest.files
         stale = ({*old} | self._marked()) - {*files}
         with explained(self.words):
-            self._make_parents(["", *files])
+            self._make_parents([MARKER])
             self._write(MARKER, json.dumps(sorted({*files} | stale)).encode())
             if self._fs.exists(self._path(MANIFEST)):
                 self._fs.rm_file(self._path(MANIFEST))
+            self._make_parents(files)  # after the marker: a folder alone would be a stranger
             for name in track(files, "sending", len(files), "files"):
                 with draft.open(name) as source, self._fs.open(self._path(name), "wb") as target:
                     while chunk := source.read(CHUNK_BYTES):
@@ -231,9 +236,7 @@ def explained(words: str) -> Iterator[None]:
     except FieldmarkError:
         raise
     except FileNotFoundError as error:
-        raise PlaceError(
-            f"{words} must hold {one_line(error) or 'the file'}. It does not."
-        ) from error
+        raise PlaceError(f"{words} must exist. It does not.") from error
     except PermissionError as error:
         raise PlaceError(
             f"{words} must be open to you. {one_line(error)}. Check the rights there."

@@ -164,6 +164,8 @@ def _take_file(place: Place, name: str, target: Path, entry: FileEntry) -> None:
     with target.open("xb") as file:
         for chunk in place.chunks(name, entry.bytes + 1):
             num_bytes += len(chunk)
+            if num_bytes > entry.bytes:
+                break
             digest.update(chunk)
             file.write(chunk)
         file.flush()
