@@ -5,7 +5,7 @@
     fieldmark.export(run.path)
 
 The verbs are those of the command line; see `fieldmark.pipeline`, `fieldmark.inspection`,
-`fieldmark.tuning` and `fieldmark.calibration`.
+`fieldmark.tuning`, `fieldmark.calibration` and `fieldmark.sharing`.
 """
 
 import importlib
@@ -24,6 +24,8 @@ __all__ = [
     "lr_find",
     "package",
     "predict",
+    "pull",
+    "push",
     "quantize",
     "quickstart",
     "recipes",
@@ -46,10 +48,12 @@ if TYPE_CHECKING:
         train,
         verify,
     )
+    from fieldmark.sharing import pull, push
     from fieldmark.tuning import lr_find, sweep
 
 _ROOMS = {
     "fieldmark.calibration": ("calibrate",),
+    "fieldmark.sharing": ("pull", "push"),
     "fieldmark.inspection": ("augment", "bench", "info", "quickstart", "recipes"),
     "fieldmark.tuning": ("lr_find", "sweep"),
 }

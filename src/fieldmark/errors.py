@@ -16,6 +16,7 @@ FieldmarkError            base; `code` for machines, `http_status` and `exit_sta
 ├── NonFiniteLoss         training produced NaN or infinity; names the steps
 ├── PackageError          a folder that is not a package, or of a newer version
 │   └── IntegrityError    a file of a package does not match its checksum
+├── PlaceError            a hub or file system that cannot be reached, or refuses
 ├── CheckFailed           a verification that ran and failed (exit status 1)
 └── ImageError            bytes that are not an image we accept (HTTP 422)
     ├── ImageTooLarge     more pixels than the stated cap (HTTP 413)
@@ -135,6 +136,12 @@ class IntegrityError(PackageError):
 
     code = "integrity"
     exit_status = 1
+
+
+class PlaceError(FieldmarkError):
+    """A hub or file system that cannot be reached, refuses, or holds something else."""
+
+    code = "bad_place"
 
 
 class CheckFailed(FieldmarkError):

@@ -27,6 +27,8 @@ VERBS = [
     "quickstart",
     "lr-find",
     "sweep",
+    "push",
+    "pull",
 ]
 
 
@@ -108,6 +110,14 @@ def test_the_verbs_are_those_of_the_python_package(run: Cli) -> None:
         (["augment", "digits", "--recipe", "digit"], "recipe 'digit' does not exist."),
         (["augment", "digits", "--out", "no/x.png"], "must be in a folder that exists"),
         (["augment", "digits", "augment.sizes=[[0,999]]"], "augment.sizes must be from 8 px"),
+        (["push", "nowhere", "file:///x"], "nowhere must be a package"),
+        (["push", "nowhere", "packages/x"], "file:///srv/packages/birds. Got 'packages/x'."),
+        (["push", "nowhere", "hf:one"], "hf:OWNER/NAME or hf:OWNER/NAME@REVISION. Got 'hf:one'."),
+        (["push", "nowhere", "nofs://x/y"], "must be of a file system that fsspec knows"),
+        (["pull", "packages/x", "--out", "y"], "SOURCE must be hf:OWNER/NAME or a URL"),
+        (["pull", "memory://no/where", "--out", "y"], "It has no manifest.json."),
+        (["pull", "memory://no/where", "--out", "."], ". must not exist."),
+        (["pull", "memory://x", "--out", "y", "--expect", "ab"], "64 digits of 0-9 and a-f"),
         (["info", "nowhere"], "data.source 'nowhere' does not exist"),
     ],
 )

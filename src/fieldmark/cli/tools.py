@@ -1,11 +1,11 @@
-"""The verbs beside the main job: looking, tuning, calibrating."""
+"""The verbs beside the main job: looking, tuning, calibrating, sharing."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fieldmark import calibration, inspection, pipeline, show, tuning
+from fieldmark import calibration, inspection, pipeline, sharing, show, tuning
 from fieldmark.cli.options import (
     SOURCES,
     Data,
@@ -22,6 +22,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.inspection import MAX_LATENCY_MS, ROUNDS, SECONDS
 from fieldmark.show.bench import show_bench, show_record
 from fieldmark.show.confidence import show_calibration
+from fieldmark.show.sharing import show_pull, show_push
 
 
 @app.command()
@@ -218,3 +219,47 @@ def calibrate(
         label_column=label_column,
     )
     finish(result, as_json, show_calibration)
+
+
+@app.command()
+def push(
+    model: Package,
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="hf:OWNER/NAME[@BRANCH], or a URL.")
+    ],
+    golden: Annotated[
+        sharing.SharedGolden, typer.Option(help="keep: as it is, with its images and paths.")
+    ] = "synthetic",
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of another package.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a package to the hub or a file system.
+
+    Golden samples are drawn anew where they are real images. What was written is read back and
+    compared. Needs the extra `hub`.
+
+    Example: fieldmark push runs/smoke file:///srv/packages/smoke
+    """
+    result = sharing.push(model, destination, golden=golden, license=license, replace=replace)
+    finish(result, as_json, show_push)
+
+
+@app.command()
+def pull(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="hf:OWNER/NAME[@REVISION], or a URL.")
+    ],
+    out: Annotated[Path, typer.Option(help="The package's folder.")],
+    expect: Annotated[str, typer.Option(metavar="ID", help="The id it must have.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Take a package from the hub or a file system.
+
+    Each file is checked as it comes. Needs the extra `hub`.
+
+    Example: fieldmark pull file:///srv/packages/smoke --out packages/smoke
+    """
+    finish(sharing.pull(source, out, expect=expect), as_json, show_pull)

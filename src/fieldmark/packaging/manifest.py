@@ -7,6 +7,7 @@ A package is a folder:
     config.json           timm's own, for timm.create_model("local-dir:PACKAGE", pretrained=True)
     golden/               original images, the pixels and logits they must give, answers.json
     variants/             exported models, named by content: onnx-1a2b3c4d.onnx
+    README.md             the model card, where there is one: for people, may be edited, not checked
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from fieldmark.runtime.files import sha256_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"
 WEIGHTS = "model.safetensors"
 TIMM_CONFIG = "config.json"
 GOLDEN_SAMPLES = "golden/samples.npz"
@@ -208,18 +210,35 @@ def open_package(path: str | Path) -> Package:
         raise PackageError(_not_a_package(folder))
     try:
         text = file.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{file} must be readable. {error.strerror}.") from error
+    manifest, package_id = read_manifest(text, folder)
+    return Package(folder, manifest, package_id)
+
+
+def read_manifest(text: bytes, holder: str | Path) -> tuple[Manifest, str]:
+    """Return the manifest that a file's content describes, and the package's id.
+
+    Args:
+        holder: where the manifest lies: a folder, or the address of one.
+
+    Raises:
+        PackageError: it is not JSON, of a newer format, or wrong.
+    """
+    file = f"{holder}/{MANIFEST}"
+    try:
         content = json.loads(text, parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(
             f"{file} must be readable JSON. {_one_line(error)}. Write the package anew."
         ) from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise PackageError(
-            f"{folder} must have package format {FORMAT_VERSION} or older. Got format {version}. "
+            f"{holder} must have package format {FORMAT_VERSION} or older. Got format {version}. "
             f"Upgrade fieldmark; {content.get('fieldmark_version', 'a newer version')} wrote it."
         )
-    return Package(folder, parse_manifest(text, file), manifest_id(content))
+    return parse_manifest(text, file), manifest_id(content)
 
 
 def find_package(path: Path) -> Path | None:
