@@ -135,13 +135,15 @@ def _draft(package: "Package", golden: SharedGolden, license: str) -> "tuple[Dra
         draft = with_license(draft, license)
         if license != package.manifest.license:
             changes.append(f"licence: {license}, before: {package.manifest.license or 'none'}")
-    _warn_of_lost(package, draft)
+    _warn_of_variants(package, draft)
     return draft, changes
 
 
-def _warn_of_lost(package: "Package", draft: "Draft") -> None:
-    """Say which variants cannot be deployed as they are sent, though they can here."""
+def _warn_of_variants(package: "Package", draft: "Draft") -> None:
+    """Say which cannot be deployed as they are sent, though they can here, and which name paths."""
     for name, variant in draft.manifest.variants.items():
+        if variant.kind == "torchscript":  # its file cannot change without being measured anew
+            warn(f"variant {name!r} names the folders that torch and fieldmark are installed in")
         if package.manifest.variants[name].deployable and not variant.deployable:
             why = " ".join(variant.obstacles())
             warn(f"variant {name!r} is not deployable as it is sent: {why}")
