@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="CIFAR-10 as a data source")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TIMED], default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="keep runs in this folder, as ARM-SEED")
     parser.add_argument("--show", action="store_true", help="print the summary, run nothing")
     parser.add_argument("--time", choices=TIMED, help="time one arm in this process; print it")
     options = parser.parse_args()
@@ -81,20 +82,24 @@ def main() -> None:
         for seed in range(0 if options.show else options.seeds):
             turn = seed % len(options.arms)
             for arm in options.arms[turn:] + options.arms[:turn]:
-                run_if_missing(arm, seed, options.data)
+                run_if_missing(arm, seed, options.data, options.keep)
     except FieldmarkError as error:
         sys.exit(f"error: {error}")
     for arm, figures in summarise(results_file.rows(NAME))["summary"].items():
         print(arm, figures)
 
 
-def run_if_missing(arm: str, seed: int, data: str) -> None:
+def run_if_missing(arm: str, seed: int, data: str, keep: Path | None) -> None:
     """Run one arm with one seed and add its row, unless the row is there."""
     settings = ARMS.get(arm, [])
     if results_file.has_row(_present(results_file.rows(NAME)), {"arm": arm, "seed": seed}):
         return
     say(f"{arm}, seed {seed}")
-    row = timed_apart(arm, data) if arm in TIMED else train(data, seed, settings)
+    row = (
+        timed_apart(arm, data)
+        if arm in TIMED
+        else train(data, seed, settings, keep and keep / f"{arm}-{seed}")
+    )
     row = {"arm": arm, "seed": seed, "recipe": fingerprint(arm)} | row
     results_file.append_row(NAME, COMMAND, row, summarise)
 
@@ -110,8 +115,8 @@ def fingerprint(arm: str) -> str:
     return sha256_bytes(told)[:12]
 
 
-def train(data: str, seed: int, settings: list[str]) -> Row:
-    """Return the figures of one run on the test images."""
+def train(data: str, seed: int, settings: list[str], out: Path | None) -> Row:
+    """Return the figures of one run on the test images; `out` None: the run is not kept."""
     started = time.monotonic()
     settings = [
         f"data.source={data}",
@@ -120,7 +125,7 @@ def train(data: str, seed: int, settings: list[str]) -> Row:
         *settings,
     ]
     with tempfile.TemporaryDirectory() as folder:
-        facts = fieldmark.train(RECIPE, settings, out=Path(folder, "run")).facts
+        facts = fieldmark.train(RECIPE, settings, out=out or Path(folder, "run")).facts
     return {
         "top1_accuracy": facts["top1_accuracy"]["value"],
         "six_views": facts["six_views"]["top1_accuracy"]["value"],
