@@ -44,16 +44,16 @@ def test_ece_equals_torchmetrics(num_bins: int, scale: float) -> None:
 
 
 def test_ece_and_bins_of_images_counted_by_hand() -> None:
-    # Top probabilities 0.6 (right), 0.6 (wrong), 0.9 (right), 1.0 (right), in 5 bins: the edge 0.6
-    # belongs to the bin below it, 1.0 to the last.
-    probs = np.array([[0.6, 0.4], [0.4, 0.6], [0.9, 0.1], [0.0, 1.0]])
+    # Top probabilities 0.75 (right), 0.75 (wrong), 0.9 (right), 1.0 (right), in 4 bins: the edge
+    # 0.75 belongs to the bin below it, 1.0 to the last.
+    probs = np.array([[0.75, 0.25], [0.25, 0.75], [0.9, 0.1], [0.0, 1.0]])
     labels = np.array([0, 0, 0, 1])
-    bins = reliability(probs, labels, 5)
-    assert [one.count for one in bins] == [0, 0, 2, 0, 2]
-    assert [one.mean_confidence for one in bins] == [None, None, 0.6, None, pytest.approx(0.95)]
+    bins = reliability(probs, labels, 4)
+    assert [one.count for one in bins] == [0, 0, 2, 2]
+    assert [one.mean_confidence for one in bins] == [None, None, 0.75, pytest.approx(0.95)]
     assert bins[2].accuracy is not None
     assert (bins[2].accuracy.value, bins[2].accuracy.n) == (0.5, 2)
-    assert ece(probs, labels, 5) == pytest.approx((2 * 0.1 + 2 * 0.05) / 4)
+    assert ece(probs, labels, 4) == pytest.approx((2 * 0.25 + 2 * 0.05) / 4)
 
 
 def test_the_bins_give_the_ece() -> None:
