@@ -9,8 +9,8 @@ import numpy as np
 from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
 from fieldmark.measure import Predict, softmax
 from fieldmark.packaging.golden import check_golden
-from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import open_package
+from fieldmark.packaging.served import SERVED, open_served
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
 
@@ -91,7 +91,7 @@ def open_predictor(
     """Return the predictor of a package, once its golden samples give what was recorded.
 
     Args:
-        variant: an ONNX variant of the package.
+        variant: an ONNX or OpenVINO variant of the package.
         threads: of the model; 0: as many as this process may use.
         check: whether to run the golden samples. A package without any is opened with a note.
 
@@ -101,7 +101,7 @@ def open_predictor(
             measured to disagree with the trained model.
     """
     package = open_package(package_path)
-    predict = open_onnx(package, variant, threads)
+    predict = open_served(package, variant, threads)
     entry = package.manifest.variants[variant]
     if check and entry.parity is not None:
         problems = entry.parity.problems(entry.precision)
@@ -131,7 +131,7 @@ def open_predictor(
 def open_variant(
     folder: Path, variant: str, open_with_torch: Callable[[Path, str], Predict]
 ) -> Predictor:
-    """Return the predictor of any variant of a package: the ONNX one without torch.
+    """Return the predictor of any variant of a package: ONNX and OpenVINO without torch.
 
     Args:
         variant: a variant, torch for the trained model, or auto: onnx where there is one.
@@ -141,8 +141,11 @@ def open_variant(
         PackageError: auto, without an ONNX variant and without torch.
     """
     package = open_package(folder)
-    if variant == "onnx" or (variant == "auto" and "onnx" in package.manifest.variants):
+    variants = package.manifest.variants
+    if variant == "onnx" or (variant == "auto" and "onnx" in variants):
         return open_predictor(folder)
+    if variant in variants and variants[variant].kind in SERVED:
+        return open_predictor(folder, variant)
     try:
         predict = open_with_torch(folder, "torch" if variant == "auto" else variant)
     except MissingDependency:

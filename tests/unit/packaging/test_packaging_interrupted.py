@@ -37,7 +37,7 @@ def test_changers_at_the_same_time_lose_nothing(folder: Path) -> None:
     for thread in threads:
         thread.join()
     package = open_package(folder)
-    assert set(package.manifest.variants) == {"onnx", "torchscript", *names}
+    assert set(package.manifest.variants) == {"onnx", "torchscript", "pt2", "openvino", *names}
     package.check_files()
 
 

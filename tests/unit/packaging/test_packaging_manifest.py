@@ -22,7 +22,7 @@ def test_opens_with_what_was_written(package: Package) -> None:
     assert package.manifest.architecture.opens_in == "timm"
     assert package.manifest.training == {"seed": 3}
     assert package.manifest.license == "apache-2.0"
-    assert set(package.manifest.variants) == {"onnx", "torchscript"}
+    assert set(package.manifest.variants) == {"onnx", "torchscript", "pt2", "openvino"}
     package.check_files()
 
 
