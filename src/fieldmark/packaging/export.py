@@ -54,8 +54,8 @@ def export_module(
         return _EXPORTERS[to](module, height_px, width_px)
     if to != "onnx":
         raise ConfigError(
-            f"--features must be given with --to onnx, whose graph alone can have a second output "
-            f"here. Got {to}. Leave one of them out."
+            f"--features must be given with --to onnx. Got {to}, of which the service reads no "
+            "features. Leave one of them out."
         )
     return export_onnx(module, height_px, width_px, features=True)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from fieldmark.packaging.export_parts import Exported, check_batches, export_sen
 from fieldmark.packaging.openvino_load import compile_ir, import_openvino, run_with
 
 _NO_OPERATORS = ("Parameter", "Result", "Constant")
+_AFTER_POOLING = ("Relu", "Clamp", "Convolution", "GroupConvolution")  # what needs no guard
 
 
 def export_openvino(module: InferenceModule, height_px: int, width_px: int) -> Exported:
@@ -33,6 +35,7 @@ def export_openvino(module: InferenceModule, height_px: int, width_px: int) -> E
     onnx = export_onnx(module, height_px, width_px)
     try:
         model = openvino.Core().read_model(onnx.data, b"")
+        _guard_poolings(openvino, model)
         passes = openvino.passes.Manager()
         passes.register_pass(openvino.passes.ConstantFolding())  # of shapes, above all
         passes.run_passes(model)
@@ -51,6 +54,26 @@ def export_openvino(module: InferenceModule, height_px: int, width_px: int) -> E
     check_batches(module, lambda x: (module(x),), run, "OpenVINO", height_px, width_px)
     version = openvino.__version__.partition("-")[0]
     return Exported(graph, _describe(model), f"openvino {version}", weights=weights)
+
+
+def _guard_poolings(openvino: Any, model: Any) -> None:
+    """Keep an activation that follows a convolution and a max pooling behind the pooling.
+
+    OpenVINO's CPU plugin (2026.4) moves it into the convolution, which is right only where it
+    never decreases: GELU, SiLU and others then give other values. It leaves a pooling alone that
+    two operations read, so here they read max(x, x - 1), which is x.
+    """
+    ops = openvino.opset13
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MaxPool":
+            continue
+        pooled = node.output(0)
+        readers = list(pooled.get_target_inputs())
+        if all(reader.get_node().get_type_name() in _AFTER_POOLING for reader in readers):
+            continue
+        guarded = ops.maximum(pooled, ops.subtract(pooled, np.float32(1)))
+        for reader in readers:
+            reader.replace_source_output(guarded.output(0))
 
 
 def _describe(model: Any) -> GraphEntry:

@@ -50,6 +50,7 @@ def import_openvino() -> Any:
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
+    import openvino.opset13
     import openvino.passes
 
     return openvino

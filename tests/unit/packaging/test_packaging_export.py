@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from packaging_data import SPEC, Made, make_network
+from packaging_data import SPEC, Made, draw_pixels, make_network
 from torch import Tensor, nn
 
 import fieldmark.packaging.export_onnx as export_room
@@ -22,6 +22,7 @@ from fieldmark.packaging.export import (
     export_pt2,
     export_torchscript,
 )
+from fieldmark.packaging.openvino_load import compile_ir, run_with
 
 
 def _difference(data: bytes, module: nn.Module, height_px: int, width_px: int) -> float:
@@ -151,3 +152,20 @@ def test_a_module_in_training_mode_with_unequal_sides_is_exported_in_eval_mode_i
     with pytest.warns(FutureWarning, match="torch.jit"):
         loaded = torch.jit.load(io.BytesIO(exported["torchscript"].data))
     torch.testing.assert_close(loaded(images), module(images))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.ReLU()])
+def test_openvino_keeps_an_activation_behind_a_pooling(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        convolution.bias.sub_(1.0)  # into the part where most of them decrease
+    pooled = nn.Sequential(convolution, nn.MaxPool2d(2), activation)
+    network = nn.Sequential(pooled, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    module = InferenceModule(network, SPEC.mean, SPEC.std)
+    exported = export_openvino(module, 32, 32)
+    predict = run_with(compile_ir(exported.data, exported.weights, "model"))
+    images = draw_pixels(20)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(predict(images), expected, atol=1e-5)

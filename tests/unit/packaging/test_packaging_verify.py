@@ -40,7 +40,9 @@ def test_a_sound_export_passes_and_becomes_deployable(
     assert parity.top1_agreement.value == 1.0
     assert parity.top1_agreement.low < 0.95  # 60 images do not prove more
     assert parity.max_abs_delta_logit is not None
-    assert 0 < parity.max_abs_delta_logit < 1e-4
+    assert parity.max_abs_delta_logit < 1e-4
+    if kind != "pt2":  # which runs the very kernels of the eager model
+        assert parity.max_abs_delta_logit > 0
     assert parity.accuracy_drop.value == 0
     assert parity.accuracy_drop.low < 0 < parity.accuracy_drop.high
     assert (parity.data, parity.instruction_set) == ("noise", instruction_set())
