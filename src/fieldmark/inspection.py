@@ -61,7 +61,8 @@ def bench(
     """Time a package's variants on this machine, and keep the best for `serve` and `predict`.
 
     Args:
-        variants: default: all of ONNX; those that torch runs, and "torch" itself, when named.
+        variants: default: all of ONNX; those that OpenVINO or torch runs, and "torch" itself, when
+            named.
         batches: images in a call; default 1 and 8.
         threads: "2", or "2x1" for two calls at once with a thread each; default one thread, all
             cores in one call, and as many calls as cores.
@@ -143,16 +144,16 @@ def quickstart(out: str | Path | None = None) -> Result:
 
 
 def _opener(package: "Package", named: Sequence[str]) -> "Opener":
-    """Return what opens a variant with so many threads: ONNX without torch.
+    """Return what opens a variant with so many threads: ONNX and OpenVINO without torch.
 
     Torch is imported now if one of the named needs it, so that no variant's memory counts it.
     """
-    from fieldmark.packaging.load import open_onnx
+    from fieldmark.packaging.served import SERVED, open_served
 
     known = package.manifest.variants
-    of_torch = [name for name in named if name not in known or known[name].kind != "onnx"]
+    of_torch = [name for name in named if name not in known or known[name].kind not in SERVED]
     if not of_torch:
-        return partial(open_onnx, package)
+        return partial(open_served, package)
     require("torch", "train", f"timing variant {of_torch[0]!r}")
     from fieldmark.evaluation.backends import open_backend, with_threads
     from fieldmark.packaging.resolve import resolve_model
@@ -160,6 +161,6 @@ def _opener(package: "Package", named: Sequence[str]) -> "Opener":
     def open_any(variant: str, threads: int) -> "Predict":
         if variant in of_torch:
             return with_threads(open_backend(resolve_model(str(package.path)), variant), threads)
-        return open_onnx(package, variant, threads)
+        return open_served(package, variant, threads)
 
     return open_any

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fieldmark.errors import ConfigError, FieldmarkError, UnknownName, require
+from fieldmark.errors import ConfigError, FieldmarkError, require
 from fieldmark.runtime.files import read_json
 from fieldmark.runtime.log import say
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fieldmark.training.run_folder import RunFolder
 
 Golden = Literal["auto", "data", "synthetic", "none"]
-ExportFormat = Literal["onnx", "torchscript"]
+ExportFormat = Literal["onnx", "torchscript", "pt2", "openvino"]
 QuantizeMethod = Literal["auto", "static", "dynamic"]
 Calibration = Literal["minmax", "percentile", "entropy"]
 MAX_PARITY_IMAGES = 2_000
@@ -235,30 +235,44 @@ def package(
     return Result(Path(out), facts)
 
 
-def export(model: str | Path, to: ExportFormat = "onnx", *, data: str = "") -> Result:
-    """Export a package (or a run's) to onnx or torchscript, and verify the result.
+def export(
+    model: str | Path, to: ExportFormat = "onnx", *, data: str = "", features: bool = False
+) -> Result:
+    """Export a package (or a run's) to another format, and verify the result.
 
     Args:
+        to: onnx, torchscript, pt2 (a program of torch.export) or openvino.
+        features: of onnx: give the last feature map as a second output, for exact class maps.
         data: where the images for the comparison come from; default: as in `verify`.
     """
     require("torch", "train", "exporting")
     from fieldmark.evaluation.backends import open_module
-    from fieldmark.packaging.export import FORMATS, OPSET, export_module
+    from fieldmark.packaging.export import NOTES, export_module
     from fieldmark.packaging.manifest import package_folder
     from fieldmark.packaging.resolve import resolve_model
     from fieldmark.packaging.write import add_variant
 
-    if to not in FORMATS:
-        raise UnknownName.among("export format", to, FORMATS)
     folder = package_folder(model)
     resolved = resolve_model(str(folder))
-    if to == "torchscript":
-        say("torch deprecates TorchScript; ONNX is the format to prefer")
     spec = resolved.preprocess
-    exported = export_module(open_module(resolved), to, spec.height_px, spec.width_px)
-    opset = OPSET if to == "onnx" else None
-    changed = add_variant(folder, to, exported, kind=to, opset=opset)
-    say(f"exported {folder / changed.manifest.variants[to].file} ({len(exported) / 1e6:.1f} MB)")
+    exported = export_module(
+        open_module(resolved), to, spec.height_px, spec.width_px, features=features
+    )
+    if to in NOTES:
+        say(NOTES[to])
+    changed = add_variant(
+        folder,
+        to,
+        exported.data,
+        kind=to,
+        opset=exported.opset,
+        weights=exported.weights,
+        features=exported.features,
+        graph=exported.graph,
+        written_by=exported.written_by,
+    )
+    entry = changed.manifest.variants[to]
+    say(f"exported {folder / entry.file} ({changed.num_bytes(entry) / 1e6:.1f} MB)")
     return verify(str(folder), data=data, variants=[to])
 
 
@@ -368,8 +382,8 @@ def predict(
     A broken file yields its error and the rest goes on. Memory does not grow with the number.
 
     Args:
-        variant: onnx, torchscript, torch (the trained model), or auto: what `bench` found to be
-            the fastest here, else onnx where there is one.
+        variant: an exported variant such as onnx, torch (the trained model), or auto: what `bench`
+            found to be the fastest here, else onnx where there is one.
     """
     from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.files import classify_files

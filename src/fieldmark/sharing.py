@@ -66,7 +66,7 @@ def push(
             "changes": changes,
             "card": _card_words(sent, keep_card),
             "files": len(draft.manifest.files) + 2,  # with manifest and model card
-            "bytes": draft.num_bytes + len(draft.text) + len(card),
+            "bytes": draft.total_bytes + len(draft.text) + len(card),
         },
     )
 

@@ -312,6 +312,83 @@ def test_torchscript_is_exported_and_verified_too(
     assert best[0]["probability"] == pytest.approx(best[2]["probability"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("to", "note", "operator"),
+    [
+        ("pt2", "torch does not promise to read .pt2 files in later versions", "conv2d"),
+        ("openvino", "exported", "Convolution"),
+    ],
+)
+def test_other_formats_are_exported_verified_and_used(
+    run: Cli,
+    tiny_package: Path,
+    tiny_images: Path,
+    tmp_path: Path,
+    to: str,
+    note: str,
+    operator: str,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_package, copy)
+    run("export", copy, "--to", to)
+    assert run.status == 0, run.err
+    assert note in run.err
+    assert "verified" in run.out
+    variant = run("info", copy, "--json").json["variants"][to]  # type: ignore[index]
+    files = [variant["file"], *filter(None, [variant["weights_file"]])]
+    assert len(files) == (2 if to == "openvino" else 1)
+    assert variant["bytes"] == sum((copy / file).stat().st_size for file in files)
+    assert variant["graph"]["operators"][operator] == 7
+    assert variant["deployable"] is True
+    assert run("verify", copy, "--variant", to).status == 0
+    data = f"folder:{tiny_images}"
+    scores = [
+        run("evaluate", copy, "--data", data, "--variant", name, "--json").json["top1_accuracy"]
+        for name in (to, "torch")
+    ]
+    assert scores[0] == scores[1]
+    image = copy / "golden" / "000.png"
+    assert run("predict", copy, image, "--variant", to).status == 0
+    shown = run("info", copy).out
+    assert f"{to}: {to}, float32" in shown
+    assert f"{operator} 7" in shown
+    run("export", copy, "--to", to, "--features")
+    assert run.status == 2
+    assert f"must be given with --to onnx. Got {to}" in " ".join(run.err.split())
+
+
+def test_class_maps_of_a_network_that_has_none_are_refused(
+    run: Cli, tiny_package: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_package, copy)
+    before = (copy / "manifest.json").read_bytes()
+    run("export", copy, "--features")
+    assert run.status == 2
+    assert "Got AirNet: its logits are not the mean" in " ".join(run.err.split())
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_class_maps_are_exported_and_told(run: Cli, tmp_path: Path) -> None:
+    import torch
+
+    from fieldmark.model import Architecture, build
+
+    weights, names, out = tmp_path / "weights.pth", tmp_path / "names.txt", tmp_path / "package"
+    torch.save(build(Architecture("test_resnet", 3)).state_dict(), weights)
+    names.write_text("a\nb\nc\n")
+    more = ("--arch", "test_resnet", "--classes", names, "--image-px", "64")
+    assert run("package", weights, "--out", out, *more).status == 0, run.err
+    run("export", out, "--features")
+    assert run.status == 0, run.err
+    shown = run("info", out).out
+    assert "features, float32 (batch, 96, 2, 2)" in shown
+    assert "onnx: onnx, float32, opset 20" in shown
+    assert "Conv 15" in shown
+    image = next((out / "golden").glob("*.png"))
+    assert run("predict", out, image).status == 0
+
+
 def test_predict_ranks_classes_and_goes_on_after_a_broken_file(
     run: Cli, tiny_package: Path, tiny_image_files: list[Path], tmp_path: Path
 ) -> None:

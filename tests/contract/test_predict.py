@@ -22,11 +22,12 @@ def package(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     copy = tmp_path_factory.mktemp("backends") / "package"
     shutil.copytree(tiny_package, copy)
-    export(str(copy), "torchscript")
+    for to in ("torchscript", "pt2", "openvino"):
+        export(str(copy), to)
     return copy
 
 
-@pytest.mark.parametrize("variant", ["torch", "onnx", "torchscript"])
+@pytest.mark.parametrize("variant", ["torch", "onnx", "torchscript", "pt2", "openvino"])
 def test_a_backend_keeps_the_contract(package: Path, variant: str) -> None:
     predict = open_backend(resolve_model(str(package)), variant)
     golden = read_golden(open_package(package))

@@ -59,7 +59,7 @@ def evaluate(
     model: Model,
     data: Data,
     split: Annotated[str, typer.Option(help="train, val, test, all or auto.")] = "auto",
-    variant: Annotated[str, typer.Option(help="torch, onnx or torchscript.")] = "torch",
+    variant: Annotated[str, typer.Option(help="torch, or an exported variant.")] = "torch",
     arch: Arch = "",
     classes: Classes = None,
     image_px: ImagePx = 0,
@@ -134,14 +134,21 @@ def package(
 def export(
     model: Package,
     to: Annotated[pipeline.ExportFormat, typer.Option()] = "onnx",
+    features: Annotated[
+        bool,
+        typer.Option("--features", help="Of onnx: add the last feature map, for class maps."),
+    ] = False,
     data: Data = "",
     as_json: Json = False,
 ) -> None:
     """Add an exported variant, and verify it.
 
+    pt2 is a program of torch.export, not for archives. openvino needs the extra `openvino`.
+
     Example: fieldmark export runs/smoke --to onnx
     """
-    finish(pipeline.export(model, to, data=data), as_json, show.show_verification)
+    result = pipeline.export(model, to, data=data, features=features)
+    finish(result, as_json, show.show_verification)
 
 
 @app.command()
@@ -234,7 +241,7 @@ def predict(
         list[str], typer.Argument(metavar="IMAGES|FOLDERS...", help="Files, folders, - for stdin.")
     ],
     top_k: Annotated[int, typer.Option(min=1)] = 5,
-    variant: Annotated[str, typer.Option(help="auto, onnx, torchscript or torch.")] = "auto",
+    variant: Annotated[str, typer.Option(help="auto, torch, or an exported variant.")] = "auto",
     csv: Annotated[Path | None, typer.Option(metavar="OUT", help="Write rows there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     as_json: Json = False,

@@ -7,9 +7,8 @@ import torch
 from fieldmark.errors import PackageError, UnknownName
 from fieldmark.measure import Predict
 from fieldmark.model import InferenceModule, build, eager_predict
-from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.resolve import ResolvedModel
-from fieldmark.packaging.torch_load import open_torchscript
+from fieldmark.packaging.variants import open_variant
 
 REFERENCE = "torch"
 
@@ -41,9 +40,7 @@ def open_backend(model: ResolvedModel, variant: str) -> Predict:
     known = model.package.manifest.variants
     if variant not in known:
         raise UnknownName.among(f"variant of {model.name}", variant, [REFERENCE, *known])
-    if known[variant].kind == "onnx":
-        return open_onnx(model.package, variant)
-    return open_torchscript(model.package, variant)
+    return open_variant(model.package, variant)
 
 
 def with_threads(predict: Predict, threads: int) -> Predict:

@@ -54,7 +54,7 @@ def describe_package(package: Package) -> dict[str, Any]:
         "variants": {
             name: variant.model_dump(mode="json")
             | {
-                "bytes": manifest.files[variant.file].bytes,
+                "bytes": package.num_bytes(variant),
                 "deployable": variant.deployable,
                 "obstacles": variant.obstacles(),
             }

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 
 from fieldmark.errors import ConfigError, PackageError, UnknownName
@@ -28,6 +29,7 @@ from fieldmark.packaging.int8 import (
 from fieldmark.packaging.int8_search import Candidate, Found, Int8Search, Measured
 from fieldmark.packaging.load import open_session
 from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.simplify import describe_graph
 from fieldmark.packaging.write import add_variant
 from fieldmark.preprocess import Pixels
 from fieldmark.runtime.cpu import instruction_set
@@ -118,14 +120,17 @@ def quantize_package(
     facts = {"float_bytes": len(model), **made.to_json()}
     if not made.holds:
         return Quantized(facts, False, images)
-    opset = package.manifest.variants[FLOAT_VARIANT].opset
+    entry = package.manifest.variants[FLOAT_VARIANT]
     changed = add_variant(
         folder,
         INT8_VARIANT,
         made.model,
         kind="onnx",
-        opset=opset,
+        opset=entry.opset,
         quantization=made.quantization,
+        features=entry.features,
+        graph=describe_graph(onnx.load_from_string(made.model)),
+        written_by=f"onnxruntime {ort.__version__}",
     )
     file = changed.manifest.variants[INT8_VARIANT].file
     ratio = len(model) / len(made.model)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from fieldmark.errors import DataError, MissingDependency, PackageError, UnknownName, require
 from fieldmark.measure import Predict
-from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.variants import open_variant
 from fieldmark.packaging.verify import verify_variant
 from fieldmark.runtime.log import track, warn
 
@@ -73,7 +73,7 @@ def verify_package(
         result = verify_variant(
             package,
             name,
-            _open_variant(package, name),
+            open_variant(package, name),
             images.reference if images is not None else None,
             batches,
             images.words if images is not None else "",
@@ -84,15 +84,6 @@ def verify_package(
             results[name]["notes"] = [*results[name]["notes"], why_not]
     passed = all(result["passed"] for result in results.values())
     return {"package_id": package.id, "variants": results}, passed
-
-
-def _open_variant(package: Package, name: str) -> Predict:
-    if package.manifest.variants[name].kind == "onnx":
-        return open_onnx(package, name)
-    require("torch", "train", f"verifying variant {name!r}")
-    from fieldmark.packaging.torch_load import open_torchscript
-
-    return open_torchscript(package, name)
 
 
 def _parity_images(

@@ -13,6 +13,7 @@ from fieldmark.measure.calibration import (
     nll_change,
     reliability,
 )
+from fieldmark.measure.class_maps import class_maps
 from fieldmark.measure.predict import Predict
 from fieldmark.measure.rates import Rate, mcnemar_p, paired_difference, wilson
 from fieldmark.measure.scores import Scores, log_softmax, score, softmax, top_k_hits
@@ -27,6 +28,7 @@ __all__ = [
     "Rate",
     "Scores",
     "TemperatureFit",
+    "class_maps",
     "compare_logits",
     "ece",
     "ece_increase",

@@ -12,6 +12,7 @@ from fieldmark.model.build import (
     num_parameters,
     takes_img_size,
 )
+from fieldmark.model.features import FeatureModule
 from fieldmark.model.freeze import Freeze, freeze_backbone, head_parameters, set_train_mode
 from fieldmark.model.inference import InferenceModule, eager_predict
 from fieldmark.model.small_input import adapt_architecture, opens_in, register_small_builders
@@ -21,6 +22,7 @@ register_small_builders()
 __all__ = [
     "AirNet",
     "Architecture",
+    "FeatureModule",
     "Freeze",
     "InferenceModule",
     "Weights",

@@ -26,10 +26,14 @@ class InferenceModule(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return the network's input, float32 (B, 3, H, W), of images uint8 (B, H, W, 3)."""
+        x_BCHW = images.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        return (x_BCHW - self.mean) / self.std
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K), float32."""
-        x_BCHW = images.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-        logits_BK: Tensor = self.network((x_BCHW - self.mean) / self.std)
+        logits_BK: Tensor = self.network(self.normalised(images))
         return logits_BK.to(torch.float32)
 
 

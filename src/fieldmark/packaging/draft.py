@@ -45,7 +45,7 @@ class Draft(Package):
         return self.new[relative] if relative in self.new else self._located(relative)
 
     @property
-    def num_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Size of all files that the manifest lists."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 

@@ -5,12 +5,12 @@ so that no file can claim it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Precision = Literal["float32", "int8"]
-VariantKind = Literal["onnx", "torchscript"]
+VariantKind = Literal["onnx", "torchscript", "pt2", "openvino"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,18 +264,66 @@ class Quantization(Entry):
     instruction_set: str  # of the machine it was made for
 
 
+class GraphEntry(Entry):
+    """What an exported graph consists of."""
+
+    operators: dict[str, int]  # how many of each, the most frequent first
+    num_parameters: int = Field(ge=0)  # values it stores: weights and constants, not shapes
+
+
+class HeadEntry(Entry):
+    """The linear layer over the mean of the features, by its tensors in model.safetensors."""
+
+    weight: str  # (K, C)
+    bias: str = ""  # (K,); empty: it has none
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The last feature map of a graph, and the layer that makes class maps of it."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    head: HeadEntry
+
+
 class Variant(Entry):
     """An exported model and what was measured of it."""
 
     kind: VariantKind
     precision: Precision
     file: RelativePath
+    weights_file: RelativePath | None = None  # of OpenVINO, whose graph and weights are two files
     opset: int | None = None  # of ONNX
     inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]  # logits, and perhaps features
+    head: HeadEntry | None = None  # beside features: what makes class maps of them
+    graph: GraphEntry | None = None
+    written_by: str = ""  # the library and its version
     golden: GoldenCheck | None = None
     parity: Parity | None = None
     quantization: Quantization | None = None  # of int8
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.kind == "openvino") != (self.weights_file is not None):
+            raise ValueError(
+                f"weights_file must be set for openvino, and for nothing else. "
+                f"Got {self.weights_file} for {self.kind}"
+            )
+        return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it consists of."""
+        return (self.file,) if self.weights_file is None else (self.file, self.weights_file)
+
+    @property
+    def features(self) -> Features | None:
+        """The last feature map, if it is an output."""
+        if self.head is None or len(self.outputs) < 2:
+            return None
+        channels, height, width = (int(size) for size in self.outputs[1].shape[1:])
+        return Features((channels, height, width), self.head)
 
     @property
     def deployable(self) -> bool:

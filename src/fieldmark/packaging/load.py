@@ -31,9 +31,31 @@ def open_onnx(package: Package, variant: str = "onnx", threads: int = 0) -> Pred
         PackageError: there is no such variant, or the model cannot be opened or does not fit.
         IntegrityError: the file is missing, truncated or altered.
     """
-    entry = package.variant(variant, "onnx")
+    session, names = open_checked(package, package.variant(variant, "onnx"), threads)
+    spec = package.preprocess
+
+    def predict(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        check_images(images, spec.height_px, spec.width_px)
+        logits: npt.NDArray[np.float32] = session.run(
+            names[1:2], {names[0]: np.ascontiguousarray(images)}
+        )[0]
+        return logits
+
+    return predict
+
+
+def open_checked(
+    package: Package, entry: Variant, threads: int = 0
+) -> tuple[ort.InferenceSession, list[str]]:
+    """Return an ONNX variant's session and the names of its input and its outputs, in order.
+
+    Raises:
+        PackageError: it cannot be opened, or its input and outputs are not those recorded.
+        IntegrityError: the file is missing, truncated or altered.
+    """
     session = open_session(package.read(entry.file), str(package.path / entry.file), threads)
-    return _predict(session, package, entry)
+    _check_ends(session, package, entry)
+    return session, [end.name for end in (*session.get_inputs(), *session.get_outputs())]
 
 
 def open_session(model: bytes, name: str, threads: int = 0) -> ort.InferenceSession:
@@ -66,32 +88,24 @@ def open_session(model: bytes, name: str, threads: int = 0) -> ort.InferenceSess
         ) from error
 
 
-def _predict(session: ort.InferenceSession, package: Package, variant: Variant) -> Predict:
+def _check_ends(session: ort.InferenceSession, package: Package, variant: Variant) -> None:
     spec = package.preprocess
     height, width, num_classes = spec.height_px, spec.width_px, len(package.class_names)
+    features = [list(output.shape[1:]) for output in variant.outputs[1:]]
     wanted = (
         [("tensor(uint8)", [height, width, 3])],
-        [("tensor(float)", [num_classes])],
+        [("tensor(float)", shape) for shape in ([num_classes], *features)],
     )
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = tuple([(x.type, list(x.shape[1:])) for x in end] for end in (inputs, outputs))
     if found != wanted or any(isinstance(x.shape[0], int) for x in (*inputs, *outputs)):
         raise PackageError(
             f"{package.path / variant.file} must take uint8 (batch, {height}, {width}, 3) and "
-            f"give float32 (batch, {num_classes}), for any batch. "
+            f"give float32 (batch, {num_classes}){' and the features' * len(features)}, for any "
+            "batch. "
             f"Got {_shown(inputs)} and {_shown(outputs)}. "
             f"Run: fieldmark export {package.path} --to onnx."
         )
-    input_name, output_name = inputs[0].name, outputs[0].name
-
-    def predict(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        check_images(images, height, width)
-        logits: npt.NDArray[np.float32] = session.run(
-            [output_name], {input_name: np.ascontiguousarray(images)}
-        )[0]
-        return logits
-
-    return predict
 
 
 def check_images(images: npt.NDArray[np.uint8], height_px: int, width_px: int) -> None:

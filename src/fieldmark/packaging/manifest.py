@@ -6,7 +6,8 @@ A package is a folder:
     model.safetensors     the network's weights, named as timm names them
     config.json           timm's own, for timm.create_model("local-dir:PACKAGE", pretrained=True)
     golden/               original images, the pixels and logits they must give, answers.json
-    variants/             exported models, named by content: onnx-1a2b3c4d.onnx
+    variants/             exported models, named by content: onnx-1a2b3c4d.onnx; of OpenVINO
+                          two files of one name, .xml and .bin
     README.md             the model card, where there is one: for people, may be edited, not checked
 """
 
@@ -75,7 +76,8 @@ class Manifest(Entry):
         name, count = Counter(entry.name for entry in self.classes).most_common(1)[0]
         if count > 1:
             raise ValueError(f"class names must differ. Got {name!r} {count} times")
-        needed = {WEIGHTS, TIMM_CONFIG, *(variant.file for variant in self.variants.values())}
+        needed = {WEIGHTS, TIMM_CONFIG}
+        needed.update(*(variant.files for variant in self.variants.values()))
         if self.golden.count:
             needed |= {GOLDEN_SAMPLES, GOLDEN_ANSWERS}
         missing = sorted(needed - self.files.keys())
@@ -128,6 +130,10 @@ class Package:
                 f"variant {name!r} of {self.path} must be {kind}. Got {variant.kind}."
             )
         return variant
+
+    def num_bytes(self, variant: Variant) -> int:
+        """Return the size of all files of a variant."""
+        return sum(self.manifest.files[file].bytes for file in variant.files)
 
     def read(self, relative: str) -> bytes:
         """Return the content of a file that the manifest lists, its size and SHA-256 checked.
@@ -193,7 +199,7 @@ class Package:
 
     def _remedy(self, relative: str) -> str:
         for variant in self.manifest.variants.values():
-            if variant.file == relative:
+            if relative in variant.files:
                 return f" Run: fieldmark export {self.path} --to {variant.kind}."
         return " Copy the package again, or write it anew."
 

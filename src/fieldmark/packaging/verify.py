@@ -81,7 +81,7 @@ class VerifyResult:
             "package_id": self.package.id,
             "variant": self.variant,
             "file": entry.file,
-            "bytes": self.package.manifest.files[entry.file].bytes,
+            "bytes": self.package.num_bytes(entry),
             "passed": self.passed,
             "deployable": self.deployable,
             "golden": self.golden.model_dump(mode="json") | {"passed": self.golden.passed},

@@ -18,8 +18,10 @@ from fieldmark import __version__
 from fieldmark.errors import PackageError
 from fieldmark.packaging.entries import (
     Confidence,
+    Features,
     FileEntry,
     GoldenCheck,
+    GraphEntry,
     Parity,
     Quantization,
     TensorEntry,
@@ -46,9 +48,14 @@ if TYPE_CHECKING:
 
     from fieldmark.model import Architecture
 
-_SUFFIXES: dict[VariantKind, str] = {"onnx": "onnx", "torchscript": "pt"}
+_SUFFIXES: dict[VariantKind, str] = {
+    "onnx": "onnx",
+    "torchscript": "pt",
+    "pt2": "pt2",
+    "openvino": "xml",
+}
 _VARIANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_OURS = re.compile(r"[a-z0-9_-]+-[0-9a-f]{8}\.(onnx|pt)|\..*\.tmp")
+_OURS = re.compile(r"[a-z0-9_-]+-[0-9a-f]{8}\.(onnx|pt2?|xml|bin)|\..*\.tmp")
 # What timm records of a network and needs to adapt its weights to other heads and inputs.
 _TIMM_TRAITS = ("first_conv", "classifier", "fixed_input_size")
 
@@ -127,6 +134,10 @@ def add_variant(
     *,
     kind: VariantKind,
     opset: int | None = None,
+    weights: bytes = b"",
+    features: Features | None = None,
+    graph: GraphEntry | None = None,
+    written_by: str = "",
     quantization: Quantization | None = None,
 ) -> Package:
     """Return the package with an export added, or put in the place of an older one.
@@ -135,6 +146,8 @@ def add_variant(
 
     Args:
         quantization: how it was made int8; None: it is float32.
+        weights: the second file, of OpenVINO.
+        features: of a graph whose second output is the last feature map.
 
     Raises:
         PackageError: not a package, one that cannot be written, or a bad name.
@@ -143,23 +156,35 @@ def add_variant(
         raise PackageError(
             f"a variant's name must be lower-case letters, digits, '-' and '_'. Got {name!r}."
         )
-    entry = _file_entry(data)
-    file = f"variants/{name}-{entry.sha256[:8]}.{_SUFFIXES[kind]}"
+    # One name for both files, so that OpenVINO itself finds the second beside the first.
+    stem = f"variants/{name}-{sha256_bytes(data + weights)[:8]}"
+    file = f"{stem}.{_SUFFIXES[kind]}"
+    written = {file: data} | ({f"{stem}.bin": weights} if kind == "openvino" else {})
     with _changing(path) as package:
         spec, num_classes = package.preprocess, package.manifest.architecture.num_classes
         images = ("batch", spec.height_px, spec.width_px, 3)
+        outputs = [TensorEntry(name="logits", dtype="float32", shape=("batch", num_classes))]
+        if features is not None:
+            shape = ("batch", *features.shape)
+            outputs.append(TensorEntry(name="features", dtype="float32", shape=shape))
         variant = Variant(
             kind=kind,
             precision="float32" if quantization is None else "int8",
             file=file,
+            weights_file=f"{stem}.bin" if kind == "openvino" else None,
             opset=opset,
             inputs=(TensorEntry(name="images", dtype="uint8", shape=images),),
-            outputs=(TensorEntry(name="logits", dtype="float32", shape=("batch", num_classes)),),
             quantization=quantization,
+            outputs=tuple(outputs),
+            head=None if features is None else features.head,
+            graph=graph,
+            written_by=written_by,
         )
         (path / "variants").mkdir(exist_ok=True)
-        write_atomic(path / file, data)
-        return _commit(package, name, variant, {file: entry})
+        for relative, content in written.items():
+            write_atomic(path / relative, content)
+        added = {relative: _file_entry(content) for relative, content in written.items()}
+        return _commit(package, name, variant, added)
 
 
 def record_parity(
@@ -227,8 +252,8 @@ def _commit(
     """Put `variant` into the manifest, and the files that it brings."""
     manifest = package.manifest
     variants = {**manifest.variants, name: variant}
-    old = {entry.file for entry in manifest.variants.values()}
-    kept = {entry.file for entry in variants.values()}
+    old = {file for entry in manifest.variants.values() for file in entry.files}
+    kept = {file for entry in variants.values() for file in entry.files}
     files = {**manifest.files, **added}
     update = {
         "variants": {key: entry.model_dump(mode="json") for key, entry in variants.items()},

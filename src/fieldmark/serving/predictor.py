@@ -10,8 +10,8 @@ import numpy as np
 from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
 from fieldmark.measure import Predict, softmax
 from fieldmark.packaging.golden import check_golden
-from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import open_package
+from fieldmark.packaging.served import SERVED, open_served
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
 from fieldmark.serving.preference import preferred
@@ -100,7 +100,7 @@ def open_predictor(
     """Return the predictor of a package, once its golden samples give what was recorded.
 
     Args:
-        variant: an ONNX variant of the package.
+        variant: an ONNX or OpenVINO variant of the package.
         threads: of the model; 0: as many as this process may use.
         check: whether to run the golden samples. A package without any is opened with a note.
         workers: calls that may run at once, each with `threads`.
@@ -111,8 +111,12 @@ def open_predictor(
             measured to disagree with the trained model.
     """
     package = open_package(package_path)
+    # One session of onnxruntime may run several calls; a model of OpenVINO holds one request.
+    is_openvino = variant in package.manifest.variants and (
+        package.manifest.variants[variant].kind == "openvino"
+    )
     predict = open_workers(
-        partial(open_onnx, package, variant), Setting(workers, threads), shared=True
+        partial(open_served, package, variant), Setting(workers, threads), shared=not is_openvino
     )
     entry = package.manifest.variants[variant]
     if check and entry.parity is not None:
@@ -145,7 +149,7 @@ def open_predictor(
 def open_variant(
     folder: Path, variant: str, open_with_torch: Callable[[Path, str], Predict]
 ) -> Predictor:
-    """Return the predictor of any variant of a package: the ONNX one without torch.
+    """Return the predictor of any variant of a package: ONNX and OpenVINO without torch.
 
     Args:
         variant: a variant, torch for the trained model, or auto: the one that this machine
@@ -156,6 +160,7 @@ def open_variant(
         PackageError: auto, without an ONNX variant and without torch.
     """
     package = open_package(folder)
+    variants = package.manifest.variants
     found = preferred(package) if variant == "auto" else None
     if found is not None and found.choice is not None:
         choice = found.choice
@@ -163,8 +168,10 @@ def open_variant(
         # Batches go through the model one after another, so one call at a time has all cores.
         threads = choice.threads if choice.workers == 1 else 0
         return open_predictor(folder, choice.variant, threads)
-    if variant == "onnx" or (variant == "auto" and "onnx" in package.manifest.variants):
+    if variant == "onnx" or (variant == "auto" and "onnx" in variants):
         return open_predictor(folder)
+    if variant in variants and variants[variant].kind in SERVED:
+        return open_predictor(folder, variant)
     try:
         predict = open_with_torch(folder, "torch" if variant == "auto" else variant)
     except MissingDependency:

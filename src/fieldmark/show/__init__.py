@@ -11,6 +11,7 @@ from fieldmark.pipeline import Result
 from fieldmark.runtime.log import duration, table, warn
 from fieldmark.runtime.log import facts as facts_table
 from fieldmark.show.confidence import confidence_rows, drift_rows
+from fieldmark.show.variants import print_variants
 
 if TYPE_CHECKING:
     from fieldmark.serving.files import FileResult
@@ -238,6 +239,7 @@ def show_recipes(recipes: list[dict[str, str]], as_json: bool) -> None:
 def show_info(result: Result) -> None:
     """Show what is known of a package, a run, or a data source."""
     facts = dict(result.facts)
+    variants = facts.pop("variants", {})
     counts = facts.pop("class_counts", None)
     if counts is not None:
         _print_class_counts(counts)
@@ -246,6 +248,7 @@ def show_info(result: Result) -> None:
         if value and len(json.dumps(value)) > 200:
             facts[name] = f"{len(value)} entries; see --json"
     facts_table([(name, str(value)) for name, value in facts.items()])
+    print_variants(variants)
 
 
 def show_rates(result: Result) -> None:

@@ -17,6 +17,7 @@ from packaging_data import (
     SIDE_PX,
     SPEC,
     Made,
+    add_export,
     balance,
     draw_pixels,
     make_network,
@@ -24,10 +25,9 @@ from packaging_data import (
 )
 
 from fieldmark.model import InferenceModule, eager_predict
-from fieldmark.packaging.export import OPSET, export_onnx, export_torchscript
+from fieldmark.packaging.export import FORMATS, export_module
 from fieldmark.packaging.golden import make_golden, synthetic_images
 from fieldmark.packaging.manifest import Package, open_package
-from fieldmark.packaging.write import add_variant
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     golden = make_golden(synthetic_images(6, seed=7), SPEC, eager, CLASS_NAMES)
     folder = tmp_path_factory.mktemp("made") / "package"
     write_falcons(folder, module, golden, training={"seed": 3}, license="apache-2.0")
-    onnx = export_onnx(module, SIDE_PX, SIDE_PX)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a deprecation must not reach the user from here
-        torchscript = export_torchscript(module, SIDE_PX, SIDE_PX)
-    add_variant(folder, "onnx", onnx, kind="onnx", opset=OPSET)
-    add_variant(folder, "torchscript", torchscript, kind="torchscript")
-    return Made(module, eager, golden, onnx, torchscript, folder)
+    exported = {}
+    for kind in FORMATS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a deprecation must not reach the user from here
+            exported[kind] = export_module(module, kind, SIDE_PX, SIDE_PX)
+        add_export(folder, kind, exported[kind])
+    return Made(module, eager, golden, exported, folder)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from fieldmark.measure import Predict
 from fieldmark.model import Architecture, InferenceModule
+from fieldmark.packaging.entries import VariantKind
+from fieldmark.packaging.export import Exported
 from fieldmark.packaging.golden import GoldenSamples
 from fieldmark.packaging.manifest import Package
-from fieldmark.packaging.write import write_package
+from fieldmark.packaging.write import add_variant, write_package
 from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.files import sha256_bytes
 
@@ -62,9 +64,28 @@ class Made:
     module: InferenceModule
     eager: Predict
     golden: GoldenSamples
-    onnx: bytes
-    torchscript: bytes
+    exported: dict[VariantKind, Exported]
     folder: Path
+
+    @property
+    def onnx(self) -> bytes:
+        """The ONNX file."""
+        return self.exported["onnx"].data
+
+
+def add_export(folder: Path, name: str, exported: Exported) -> Package:
+    """Add what an exporter gave, as the pipeline does."""
+    return add_variant(
+        folder,
+        name,
+        exported.data,
+        kind=name,  # type: ignore[arg-type]
+        opset=exported.opset,
+        weights=exported.weights,
+        features=exported.features,
+        graph=exported.graph,
+        written_by=exported.written_by,
+    )
 
 
 def write_falcons(

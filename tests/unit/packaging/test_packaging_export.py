@@ -7,13 +7,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from packaging_data import SPEC, Made, make_network
+from packaging_data import SPEC, Made, draw_pixels, make_network
 from torch import Tensor, nn
 
-import fieldmark.packaging.export as export_room
+import fieldmark.packaging.export_onnx as export_room
 from fieldmark.errors import ModelError
 from fieldmark.model import InferenceModule
-from fieldmark.packaging.export import FORMATS, export_module, export_onnx, export_torchscript
+from fieldmark.packaging.entries import VariantKind
+from fieldmark.packaging.export import (
+    FORMATS,
+    export_module,
+    export_onnx,
+    export_openvino,
+    export_pt2,
+    export_torchscript,
+)
+from fieldmark.packaging.openvino_load import compile_ir, run_with
 
 
 def _difference(data: bytes, module: nn.Module, height_px: int, width_px: int) -> float:
@@ -43,11 +52,12 @@ def test_onnx_is_one_file_with_the_stated_ends(made: Made) -> None:
     )
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 5])
     assert _difference(made.onnx, made.module, 32, 32) < 1e-5
+    assert made.exported["onnx"].opset == 20
 
 
-@pytest.mark.parametrize("format_name", ["onnx", "torchscript"])
-def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: str) -> None:
-    data: bytes = getattr(made, format_name)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: VariantKind) -> None:
+    data = made.exported[format_name].data + made.exported[format_name].weights
     for trace in (b"site-packages", b"/home/", b"/work/", b".venv", b"stack_trace"):
         assert trace not in data
 
@@ -65,7 +75,8 @@ def test_nothing_of_this_machine_is_in_the_file(made: Made, format_name: str) ->
 )
 def test_networks_agree_with_eager(name: str, side_px: int, args: dict[str, int]) -> None:
     module = InferenceModule(make_network(name, **args), SPEC.mean, SPEC.std)
-    assert _difference(export_onnx(module, side_px, side_px), module, side_px, side_px) < 1e-5
+    onnx_data = export_onnx(module, side_px, side_px).data
+    assert _difference(onnx_data, module, side_px, side_px) < 1e-5
 
 
 class _FrozenBatch(nn.Module):
@@ -86,8 +97,9 @@ class _Coin(nn.Module):
 
 def test_a_batch_size_frozen_into_the_graph_is_an_error() -> None:
     module = InferenceModule(_FrozenBatch(), SPEC.mean, SPEC.std)
-    with pytest.raises(ModelError, match="_FrozenBatch"):
-        export_torchscript(module, 8, 8)
+    for export in (export_torchscript, export_pt2):
+        with pytest.raises(ModelError, match="_FrozenBatch"):
+            export(module, 8, 8)
 
 
 def test_an_onnx_graph_that_answers_differently_is_an_error() -> None:
@@ -107,10 +119,13 @@ def test_an_onnx_graph_that_answers_differently_is_an_error() -> None:
 
 def test_a_network_that_cannot_be_exported_is_one_sentence() -> None:
     module = InferenceModule(_Coin(), SPEC.mean, SPEC.std)
-    with pytest.raises(ModelError, match=r"_Coin cannot be exported to ONNX. \w+: ") as caught:
-        export_onnx(module, 8, 8)
-    assert len(str(caught.value)) < 400
-    assert "\n" not in str(caught.value)
+    for name, export in (("ONNX", export_onnx), ("pt2", export_pt2), ("ONNX", export_openvino)):
+        with pytest.raises(
+            ModelError, match=rf"_Coin cannot be exported to {name}. \w+: "
+        ) as caught:
+            export(module, 8, 8)
+        assert len(str(caught.value)) < 400
+        assert "\n" not in str(caught.value)
 
 
 def test_weights_that_no_single_file_holds_are_refused(
@@ -129,11 +144,28 @@ def test_a_module_in_training_mode_with_unequal_sides_is_exported_in_eval_mode_i
         network[0].running_mean.fill_(0.5)
     module = InferenceModule(network, SPEC.mean, SPEC.std)
     module.train()
-    onnx_data, torchscript = (export_module(module, name, 8, 24) for name in FORMATS)
+    exported = {name: export_module(module, name, 8, 24) for name in FORMATS}
     assert not module.training
-    assert _difference(onnx_data, module, 8, 24) < 1e-5
+    assert _difference(exported["onnx"].data, module, 8, 24) < 1e-5
     assert capfd.readouterr() == ("", "")
     images = torch.randint(0, 256, (3, 8, 24, 3), dtype=torch.uint8)
     with pytest.warns(FutureWarning, match="torch.jit"):
-        loaded = torch.jit.load(io.BytesIO(torchscript))
+        loaded = torch.jit.load(io.BytesIO(exported["torchscript"].data))
     torch.testing.assert_close(loaded(images), module(images))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.ReLU()])
+def test_openvino_keeps_an_activation_behind_a_pooling(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        convolution.bias.sub_(1.0)  # into the part where most of them decrease
+    pooled = nn.Sequential(convolution, nn.MaxPool2d(2), activation)
+    network = nn.Sequential(pooled, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    module = InferenceModule(network, SPEC.mean, SPEC.std)
+    exported = export_openvino(module, 32, 32)
+    predict = run_with(compile_ir(exported.data, exported.weights, "model"))
+    images = draw_pixels(20)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(predict(images), expected, atol=1e-5)

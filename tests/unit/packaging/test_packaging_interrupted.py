@@ -16,6 +16,7 @@ from packaging_data import Made, edit_manifest, write_falcons
 import fieldmark.packaging.folder as folder_module
 from fieldmark.errors import PackageError
 from fieldmark.model import InferenceModule
+from fieldmark.packaging.entries import VariantKind
 from fieldmark.packaging.folder import exchange, locked
 from fieldmark.packaging.manifest import open_package
 from fieldmark.packaging.write import add_variant
@@ -37,7 +38,7 @@ def test_changers_at_the_same_time_lose_nothing(folder: Path) -> None:
     for thread in threads:
         thread.join()
     package = open_package(folder)
-    assert set(package.manifest.variants) == {"onnx", "torchscript", *names}
+    assert set(package.manifest.variants) == {"onnx", "torchscript", "pt2", "openvino", *names}
     package.check_files()
 
 
@@ -103,8 +104,9 @@ def _run_and_die(step: int, change: Callable[[], object]) -> bool:
     return status == 9
 
 
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])  # of one file, and of two
 def test_killed_at_any_step_a_change_leaves_the_old_or_the_new(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, kind: VariantKind
 ) -> None:
     old = open_package(folder).id
     outcomes = []
@@ -112,7 +114,8 @@ def test_killed_at_any_step_a_change_leaves_the_old_or_the_new(
         copy = Path(shutil.copytree(folder, tmp_path / f"copy{step}"))
 
         def change(copy: Path = copy) -> None:
-            add_variant(copy, "onnx", b"new bytes", kind="onnx", opset=20)
+            weights = b"more" if kind == "openvino" else b""
+            add_variant(copy, kind, b"new bytes", kind=kind, weights=weights)
 
         died = _run_and_die(step, change)
         package = open_package(copy)

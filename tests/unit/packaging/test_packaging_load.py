@@ -1,5 +1,11 @@
 """Opening exported models: what a Predict promises, and which files are never opened."""
 
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,19 +13,32 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-from packaging_data import SIDE_PX, Made, edit_manifest
+from packaging_data import SIDE_PX, Made, add_export, draw_pixels, edit_manifest
 
-from fieldmark.errors import IntegrityError, PackageError
+from fieldmark.errors import IntegrityError, MissingDependency, PackageError, UnknownName
 from fieldmark.measure import Predict
+from fieldmark.packaging.entries import VariantKind
+from fieldmark.packaging.export import export_openvino
 from fieldmark.packaging.load import open_onnx, open_session
 from fieldmark.packaging.manifest import Package, open_package
-from fieldmark.packaging.torch_load import open_torchscript
+from fieldmark.packaging.openvino_load import open_openvino
+from fieldmark.packaging.served import open_served
+from fieldmark.packaging.torch_load import open_pt2, open_torchscript
+from fieldmark.packaging.variants import open_variant
 from fieldmark.packaging.write import add_variant
 
+KINDS = ["onnx", "torchscript", "pt2", "openvino"]
+OPENERS: dict[str, Callable[[Package], Predict]] = {
+    "onnx": open_onnx,
+    "torchscript": open_torchscript,
+    "pt2": open_pt2,
+    "openvino": open_openvino,
+}
 
-@pytest.fixture(params=["onnx", "torchscript"])
+
+@pytest.fixture(params=KINDS)
 def predict(request: pytest.FixtureRequest, package: Package) -> Predict:
-    return open_onnx(package) if request.param == "onnx" else open_torchscript(package)
+    return open_variant(package, request.param)
 
 
 def test_gives_the_logits_of_the_eager_model(
@@ -64,31 +83,112 @@ def test_refuses_other_images_in_words(predict: Predict, images: np.ndarray) -> 
 def test_a_missing_variant_says_what_to_run(folder: Path) -> None:
     edit_manifest(folder, variants={})
     package = open_package(folder)
-    with pytest.raises(PackageError, match=f"Run: fieldmark export {folder} --to onnx"):
-        open_onnx(package)
-    with pytest.raises(PackageError, match=f"Run: fieldmark export {folder} --to torchscript"):
-        open_torchscript(package)
+    for kind, opener in OPENERS.items():
+        with pytest.raises(PackageError, match=f"Run: fieldmark export {folder} --to {kind}"):
+            opener(package)
+    with pytest.raises(UnknownName, match="'onxx' does not exist"):
+        open_variant(package, "onxx")
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
-def test_damaged_bytes_are_never_opened(folder: Path, package: Package, kind: str) -> None:
-    open_variant = open_onnx if kind == "onnx" else open_torchscript
-    path = folder / package.manifest.variants[kind].file
+def test_without_torch_only_onnx_and_openvino_open(folder: Path, package: Package) -> None:
+    for kind in ("onnx", "openvino"):
+        open_served(package, kind)
+    with pytest.raises(PackageError, match="must be onnx or openvino to run without"):
+        open_served(package, "pt2")
+
+
+@pytest.mark.parametrize(("kind", "index"), [*((kind, 0) for kind in KINDS), ("openvino", 1)])
+def test_damaged_bytes_are_never_opened(
+    folder: Path, package: Package, kind: str, index: int
+) -> None:
+    path = folder / package.manifest.variants[kind].files[index]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(IntegrityError, match="truncated"):
-        open_variant(package)
+    with pytest.raises(IntegrityError, match="truncated") as caught:
+        open_variant(package, kind)
+    assert f"Run: fieldmark export {folder} --to {kind}." in str(caught.value)
     middle = len(data) // 2
     path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     with pytest.raises(IntegrityError, match="altered"):
-        open_variant(package)
+        open_variant(package, kind)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
-def test_what_is_no_model_is_one_sentence(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_model_is_one_sentence(
+    folder: Path, kind: VariantKind, capfd: pytest.CaptureFixture[str]
+) -> None:
     package = add_variant(folder, kind, b"\x08\x09 no model", kind=kind)
-    with pytest.raises(PackageError, match="can open"):
-        open_onnx(package) if kind == "onnx" else open_torchscript(package)
+    with pytest.raises(PackageError, match="can open") as caught:
+        open_variant(package, kind)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # no library logs a traceback beside it
+
+
+def test_a_program_of_another_torch_is_one_sentence(folder: Path, made: Made) -> None:
+    program = made.exported["pt2"]
+    other = dataclasses.replace(
+        program,
+        data=program.data.replace(b"torch.ops.aten.relu", b"torch.ops.aten.rolu"),
+        written_by="torch 9.1",
+    )
+    package = add_export(folder, "pt2", other)
+    with pytest.raises(PackageError, match="torch 9.1 wrote it, and torch does not promise"):
+        open_variant(package, "pt2")
+
+
+@pytest.mark.parametrize("cut", [10, 0])
+def test_openvino_weights_that_do_not_fit_are_one_sentence(
+    folder: Path, made: Made, cut: int
+) -> None:
+    exported = made.exported["openvino"]
+    package = add_export(
+        folder, "openvino", dataclasses.replace(exported, weights=exported.weights[:cut])
+    )
+    with pytest.raises(PackageError, match="must be IR that openvino .* can open"):
+        open_variant(package, "openvino")
+
+
+def test_openvino_of_another_shape_is_refused(folder: Path, made: Made) -> None:
+    exported = export_openvino(made.module, SIDE_PX, SIDE_PX + 32)
+    package = add_export(folder, "openvino", exported)
+    with pytest.raises(PackageError, match=r"Got uint8 \(\?, 32, 64, 3\) and float32 \(\?, 5\)"):
+        open_variant(package, "openvino")
+
+
+def test_openvino_is_imported_without_its_telemetry(folder: Path) -> None:
+    program = (
+        "import sys\n"
+        "from fieldmark.packaging.manifest import open_package\n"
+        "from fieldmark.packaging.served import open_served\n"
+        f"open_served(open_package({str(folder)!r}), 'openvino')\n"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["[]", "False"]
+
+
+def test_openvino_missing_names_the_extra(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
+    )
+    with pytest.raises(MissingDependency, match=r"pip install 'fieldmark\[openvino\]'"):
+        open_variant(package, "openvino")
+
+
+def test_threads_share_a_predict(package: Package, made: Made) -> None:
+    images = draw_pixels(24)
+    expected = made.eager(images)
+    for kind in KINDS:
+        shared = open_variant(package, kind)
+        with ThreadPoolExecutor(4) as pool:
+            parts = list(pool.map(lambda i: shared(images[i : i + 1]), range(len(images))))  # noqa: B023
+        np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4)
 
 
 def _tiny_model(batch: str | int = "batch", side_px: int = SIDE_PX, classes: int = 5) -> bytes:

@@ -22,7 +22,7 @@ def test_opens_with_what_was_written(package: Package) -> None:
     assert package.manifest.architecture.opens_in == "timm"
     assert package.manifest.training == {"seed": 3}
     assert package.manifest.license == "apache-2.0"
-    assert set(package.manifest.variants) == {"onnx", "torchscript"}
+    assert set(package.manifest.variants) == {"onnx", "torchscript", "pt2", "openvino"}
     package.check_files()
 
 
@@ -267,3 +267,22 @@ def test_deployable_is_computed_from_measurements(
     assert words in " ".join(variant.obstacles())
     assert bool(variant.obstacles()) is not deployable
     assert "deployable" not in variant.model_dump()
+
+
+@pytest.mark.parametrize(("kind", "file"), [("onnx", "variants/x.bin"), ("openvino", None)])
+def test_a_weights_file_is_openvinos_alone(
+    folder: Path, package: Package, kind: str, file: str | None
+) -> None:
+    variants = package.manifest.model_dump(mode="json")["variants"]
+    variants[kind]["weights_file"] = file
+    edit_manifest(folder, variants=variants)
+    with pytest.raises(PackageError, match="weights_file must be set for openvino"):
+        open_package(folder)
+
+
+def test_a_weights_file_must_be_listed(folder: Path, package: Package) -> None:
+    content = package.manifest.model_dump(mode="json")
+    file = package.manifest.variants["openvino"].weights_file
+    edit_manifest(folder, files={k: v for k, v in content["files"].items() if k != file})
+    with pytest.raises(PackageError, match=f"files must list '{file}'"):
+        open_package(folder)

@@ -216,6 +216,22 @@ def test_a_variant_is_named_by_its_content_and_replaces_the_older(folder: Path) 
     package.check_files()
 
 
+def test_both_files_of_openvino_have_one_name_and_are_replaced_together(folder: Path) -> None:
+    old = open_package(folder).manifest.variants["openvino"].files
+    assert [Path(file).suffix for file in old] == [".xml", ".bin"]
+    assert len({Path(file).stem for file in old}) == 1  # as OpenVINO itself looks for the second
+    graph = (folder / old[0]).read_bytes()
+    package = add_variant(folder, "openvino", graph, kind="openvino", weights=b"other")
+    new = package.manifest.variants["openvino"].files
+    assert not {*old} & {*new}  # the graph is the same, but not what it means
+    assert [package.read(file) for file in new] == [graph, b"other"]
+    assert {path.name for path in (folder / "variants").glob("openvino*")} == {
+        Path(file).name for file in new
+    }
+    assert package.num_bytes(package.manifest.variants["openvino"]) == len(graph) + 5
+    package.check_files()
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "A", "-x", "x" * 65])
 def test_names_of_variants_are_plain(folder: Path, name: str) -> None:
     before = _names(folder)

@@ -1,0 +1,35 @@
+"""Opening the variants that need no torch. Torch-free."""
+
+from fieldmark.errors import PackageError
+from fieldmark.measure import Predict
+from fieldmark.packaging.entries import VariantKind
+from fieldmark.packaging.load import open_onnx
+from fieldmark.packaging.manifest import Package
+from fieldmark.packaging.openvino_load import open_openvino
+
+SERVED: tuple[VariantKind, ...] = ("onnx", "openvino")
+
+
+def open_served(package: Package, name: str, threads: int = 0) -> Predict:
+    """Return an ONNX or OpenVINO variant as a Predict on the CPU.
+
+    Args:
+        threads: within one operator; 0 takes the cores this process may use.
+
+    Raises:
+        PackageError: the variant needs torch, cannot be opened, does not fit, or is not there
+            although it has the name of a format.
+        UnknownName: there is no such variant.
+        MissingDependency: OpenVINO is needed, and not installed.
+        IntegrityError: a file is missing, truncated or altered.
+    """
+    variant = package.manifest.variants.get(name)
+    kind = name if variant is None else variant.kind
+    if kind == "openvino":
+        return open_openvino(package, name, threads)
+    if variant is not None and kind not in SERVED:
+        raise PackageError(
+            f"variant {name!r} of {package.path} must be {' or '.join(SERVED)} to run without "
+            f"torch. Got {kind}. Run: fieldmark export {package.path}."
+        )
+    return open_onnx(package, name, threads)
