@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fieldmark.errors import ConfigError, FieldmarkError, require
-from fieldmark.runtime.files import read_json
+from fieldmark.errors import ConfigError, require
 from fieldmark.runtime.log import say
 
 if TYPE_CHECKING:
     from fieldmark.measure import Predict
     from fieldmark.serving.files import FileResult
-    from fieldmark.training.run_folder import RunFolder
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript", "pt2", "openvino"]
@@ -59,6 +57,7 @@ def train(
         pie: a PNG of the class distribution of each split.
     """
     require("torch", "train", "training")
+    from fieldmark.fitting import fit
     from fieldmark.training.processes import joined
     from fieldmark.training.start import open_run
 
@@ -66,10 +65,10 @@ def train(
         raise ConfigError(f"--pie {pie} must be in a folder that exists. Make it first.")
     with joined() as ranks:
         run = open_run(recipe, settings, None if out is None else Path(out), resume, ranks)
-        result = _train(run, resume)
+        facts = fit(run, resume)
     if run.writes:
-        _draw_classes(result.facts, pie)
-    return result
+        _draw_classes(facts, pie)
+    return Result(run.path, facts)
 
 
 def launch(num_processes: int, arguments: Sequence[str]) -> int:
@@ -83,63 +82,6 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     from fieldmark.training.launch import launch as launch_processes
 
     return launch_processes(num_processes, arguments)
-
-
-def _train(run: "RunFolder", resume: bool) -> Result:
-    """Train a run that is open to its end; ranks other than the first have no facts."""
-    from fieldmark.evaluation.finish import RESULT_FILE, finish_run
-    from fieldmark.evaluation.validation import make_validation
-    from fieldmark.training.prepare import BROKEN
-    from fieldmark.training.probe_run import train_probe
-    from fieldmark.training.session import summary_sentence
-    from fieldmark.training.signals import stop_requests
-    from fieldmark.training.start import start_session
-
-    with run, stop_requests(at_once=True):
-        if run.ranks.share((run.path / RESULT_FILE).is_file()):
-            say(f"run {run.path} has ended already: nothing to resume")
-            return Result(run.path, read_json(run.path / RESULT_FILE) if run.writes else {})
-        config = run.config()
-        if config.train.method == "linear-probe":
-            return Result(run.path, train_probe(run, config, finish_run, resume=resume))
-        try:
-            ready = start_session(run, config, make_validation)
-        except (FieldmarkError, KeyboardInterrupt, RuntimeError):  # of another process, too
-            if not resume:
-                run.discard()  # nothing was trained: the same command can be tried again
-            raise
-        trained = ready.fit()
-        say(summary_sentence(trained))
-        selected_by = run.decide(
-            "selection",
-            {"split": "val" if trained.best else None, "step": (trained.best or trained).step},
-            "the best top-1 accuracy on val" if trained.best else "the last weights: no val split",
-        )
-        if not run.writes:
-            return Result(run.path)
-        facts = finish_run(
-            run.path,
-            config,
-            splits=ready.splits,
-            preprocess=ready.images.preprocess,
-            network=trained.network,
-            architecture=ready.architecture,
-            pretrained=ready.pretrained,
-            training={
-                "steps": trained.step,
-                "selected_by": selected_by,
-                "broken": [list(pair) for pair in run.decisions(BROKEN).items()],
-            },
-            device=ready.session.device,
-        )
-    effort = {
-        "images_per_s": trained.images_per_s,
-        "train_s": trained.train_s,
-        "peak_memory_bytes": trained.peak_memory_bytes,
-        "rollbacks": trained.rollbacks,
-        "cost": ready.cost(trained.step),
-    }
-    return Result(run.path, facts | effort)
 
 
 def evaluate(
