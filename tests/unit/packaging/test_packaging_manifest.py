@@ -30,7 +30,8 @@ def test_torch_free_modules_import_no_torch() -> None:
     code = (
         "import sys\n"
         "import fieldmark.packaging.golden, fieldmark.packaging.load, fieldmark.packaging.verify\n"
-        "import fieldmark.packaging.maps, fieldmark.packaging.served, fieldmark.packaging.variants\n"
+        "import fieldmark.packaging.maps, fieldmark.packaging.served\n"
+        "import fieldmark.packaging.variants\n"
         "heavy = {'torch', 'timm', 'safetensors', 'onnx', 'datasets', 'sklearn', 'matplotlib'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
