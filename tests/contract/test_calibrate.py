@@ -175,6 +175,7 @@ def test_test_images_of_its_own_source_must_be_named(
     assert "too low" in trained_on.facts["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_run_with_enough_val_images_ends_calibrated(
     doubtful_images: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,10 @@ def quantized(
     """
     folder = tmp_path_factory.mktemp("int8") / "package"
     shutil.copytree(tiny_package, folder)
-    result = fieldmark.quantize(folder, max_drop=7.0, plot=folder.parent / "frontier.png")
+    with pytest.MonkeyPatch.context() as patch:
+        # So small a network may well be slower in integers, and no test shall hang on timings.
+        patch.setattr("fieldmark.evaluation.int8_run.speed_ratio", lambda *_: 2.0)
+        result = fieldmark.quantize(folder, max_drop=7.0, plot=folder.parent / "frontier.png")
     assert result.passed, result.facts
     return folder, result.to_json()
 
@@ -86,7 +89,7 @@ def test_another_processor_must_come_as_near_as_the_one_it_was_verified_on(
     assert not farther.passed
     # What a processor whose sums overflow might answer: refused before the service is ready.
     monkeypatch.setattr(
-        "fieldmark.serving.predictor.open_onnx", lambda *_, **__: lambda x: predict(x) * 1.2
+        "fieldmark.serving.predictor.open_served", lambda *_, **__: lambda x: predict(x) * 1.2
     )
     with pytest.raises(CheckFailed, match="Golden logits must be within"):
         open_predictor(folder, "int8")
@@ -174,13 +177,11 @@ def test_a_package_without_onnx_says_what_to_run(tiny_run: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_from_the_command_line(tiny_package: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_package, tmp_path / "package"))
+    words = ["quantize", str(folder), "--method", "static", "--max-drop", "7", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "fieldmark", "quantize", str(folder), "--max-drop", "7", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "fieldmark", *words], capture_output=True, text=True, check=True
     )
     facts = json.loads(done.stdout)
     assert facts["passed"]
     assert set(facts["variants"]) == {"int8"}
-    assert "times the speed of float32" in done.stderr
+    assert "times smaller" in done.stderr

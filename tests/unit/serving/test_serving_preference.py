@@ -320,7 +320,7 @@ def test_predict_takes_the_preferred_variant(folder, monkeypatch, capsys):
         opened.append((variant, threads))
         return open_onnx(package, variant, threads)
 
-    monkeypatch.setattr("fieldmark.serving.predictor.open_onnx", seen)
+    monkeypatch.setattr("fieldmark.serving.predictor.open_served", seen)
     open_variant(folder, "auto", no_torch)
     measure(folder, monkeypatch, {"onnx": 100, "twin": 150}, workers=1, threads=2)
     capsys.readouterr()
