@@ -60,6 +60,18 @@ def test_auto_adds_a_variant_and_reports_on_other_images(
         assert picture.width > 600
 
 
+def test_verify_again_looks_at_images_that_chose_nothing(
+    quantized: tuple[Path, dict[str, object]],
+) -> None:
+    folder, _ = quantized
+    found = fieldmark.verify(folder, variants=["int8"]).facts["variants"]["int8"]
+    assert found["parity"]["data"].endswith("test")
+    assert found["notes"] == []
+    asked = fieldmark.verify(folder, split="val").facts["variants"]
+    assert "chosen by images of this split" in " ".join(asked["int8"]["notes"])
+    assert asked["onnx"]["notes"] == []
+
+
 def test_it_predicts_and_serves(
     quantized: tuple[Path, dict[str, object]], tiny_image_files: list[Path]
 ) -> None:

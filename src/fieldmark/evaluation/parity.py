@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fieldmark.errors import DataError, MissingDependency, PackageError, UnknownName, require
 from fieldmark.measure import Predict
+from fieldmark.packaging.entries import Variant
 from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.packaging.variants import open_variant
 from fieldmark.packaging.verify import verify_variant
@@ -64,9 +65,12 @@ def verify_package(
     for name in variants:
         if name not in known:
             raise UnknownName.among(f"variant of {folder}", name, known)
-    images, why_not = _parity_images(package, data, columns, split, max_images)
+    names = tuple(variants or known)
+    images, why_not = _parity_images(
+        package, data, columns, split, max_images, _order(known, names)
+    )
     results = {}
-    for name in variants or known:
+    for name in names:
         batches = None
         if images is not None:
             batches = track(images.batches(), f"comparing {name}", images.num_batches)
@@ -80,14 +84,41 @@ def verify_package(
         )
         package = result.package
         results[name] = result.to_json()
-        if why_not:
-            results[name]["notes"] = [*results[name]["notes"], why_not]
+        notes = [why_not] if why_not else []
+        if images is not None and _chose(known[name], images):
+            notes.append(
+                f"{name!r} was chosen by images of this split, so they may flatter it. "
+                "Compare on others with --split or --data."
+            )
+        results[name]["notes"] = [*results[name]["notes"], *notes]
     passed = all(result["passed"] for result in results.values())
     return {"package_id": package.id, "variants": results}, passed
 
 
+def _order(known: Mapping[str, Variant], names: Sequence[str]) -> tuple[str, ...]:
+    """Return which split to compare on: val, unless it chose among int8 models."""
+    selections = [entry.quantization for name, entry in known.items() if name in names]
+    if any(made is not None and made.selection_set is not None for made in selections):
+        return ("test", "val", "all", "train")
+    return ("val", "test", "all", "train")
+
+
+def _chose(variant: Variant, images: ParityImages) -> bool:
+    made = variant.quantization
+    return (
+        made is not None
+        and made.selection_set is not None
+        and images.words.endswith(f" images of {made.selection_set.data}")
+    )
+
+
 def _parity_images(
-    package: Package, data: str, columns: Mapping[str, str], wanted: str, max_images: int
+    package: Package,
+    data: str,
+    columns: Mapping[str, str],
+    wanted: str,
+    max_images: int,
+    order: Sequence[str],
 ) -> tuple[ParityImages | None, str]:
     """Return the images to compare on, or None and why there are none."""
     if importlib.util.find_spec("torch") is None:
@@ -98,7 +129,7 @@ def _parity_images(
     if not data and not (training or {}).get("source"):
         return None, "The package records no images. Name some with --data SOURCE."
     try:
-        return _open_parity(package, data, columns, wanted, max_images), ""
+        return _open_parity(package, data, columns, wanted, max_images, order), ""
     except (DataError, UnknownName, MissingDependency) as error:
         if data:
             raise
@@ -107,7 +138,12 @@ def _parity_images(
 
 
 def _open_parity(
-    package: Package, data: str, columns: Mapping[str, str], wanted: str, max_images: int
+    package: Package,
+    data: str,
+    columns: Mapping[str, str],
+    wanted: str,
+    max_images: int,
+    order: Sequence[str],
 ) -> ParityImages:
     from fieldmark.evaluation.splits import pick_split, spread_over
 
@@ -116,7 +152,7 @@ def _open_parity(
         source,
         wanted,
         training=package.manifest.training or None,
-        order=("val", "test", "all", "train"),
+        order=order,
     )
     return open_images(package, source, spread_over(chosen, max_images))
 
