@@ -145,7 +145,7 @@ def speed(weights: str) -> Row:
 
 def four_ways(module: InferenceModule, side_px: int) -> Row:
     """Return the speed of eager NCHW and channels_last, and of ONNX in float32 and int8."""
-    model = export_onnx(module, side_px, side_px)
+    model = export_onnx(module, side_px, side_px).data
     pixels = noise(side_px)
     with scratch_folder() as folder:
         quantizer = StaticQuantizer(model, pixels, folder)
@@ -194,13 +194,16 @@ def dynamic(package: Path, data: str, calib: str, max_drop: float) -> Row:
         ),
     }
     for method in ("dynamic", "static", "auto"):
-        fieldmark.quantize(
+        made = fieldmark.quantize(
             package,
             method=method,  # type: ignore[arg-type]
             data=data,
             calib="" if method == "dynamic" else calib,
             max_drop=max_drop if method == "auto" else 100.0,
         )
+        if "variants" not in made.facts:
+            say(f"--method {method} held no bound of {max_drop} points")
+            continue
         opened = open_package(package)
         entry = opened.manifest.variants["int8"]
         assert entry.quantization is not None
@@ -233,7 +236,8 @@ def torch_dynamic(module: InferenceModule) -> tuple[int, InferenceModule]:
         made = torch.ao.quantization.quantize_dynamic(
             module, {torch.nn.Linear, torch.nn.Conv2d}, dtype=torch.qint8
         )
-    quantized = sum("quantized" in type(m).__module__ for m in made.modules())
+    of_torch = (torch.nn.quantized.dynamic.Linear, torch.nn.quantized.Conv2d)
+    quantized = sum(isinstance(part, of_torch) for part in made.modules())
     return quantized, made
 
 

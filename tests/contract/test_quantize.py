@@ -162,7 +162,7 @@ def test_a_bound_that_cannot_be_held_leaves_the_package_as_it_was(
         ({"calibration": "entropy"}, "--calibration is for --method static. Got --method auto"),
         ({"method": "dynamic", "calib": "digits"}, "calibrates on nothing. Leave out --calib"),
         ({"method": "static", "plot": "x.png"}, "--plot draws what --method auto tried."),
-        ({"plot": "/nowhere/x.png"}, "must be in a folder that exists"),
+        ({"plot": "/nowhere/x.png"}, "must be a file in a folder that exists"),
         ({"method": "quick"}, "method 'quick' does not exist"),
         ({"calib_images": 0}, "--calib-images must be at least 1. Got 0."),
     ],

@@ -16,7 +16,7 @@ from fieldmark.errors import ConfigError, PackageError, UnknownName
 from fieldmark.evaluation.int8_plot import save_frontier
 from fieldmark.evaluation.int8_sets import Int8Sets, LoadedSet, choose_sets
 from fieldmark.measure import compare_logits, log_softmax
-from fieldmark.packaging.entries import Quantization
+from fieldmark.packaging.entries import GraphEntry, Quantization, Variant
 from fieldmark.packaging.int8 import (
     CALIBRATIONS,
     Calibration,
@@ -129,13 +129,21 @@ def quantize_package(
         opset=entry.opset,
         quantization=made.quantization,
         features=entry.features,
-        graph=describe_graph(onnx.load_from_string(made.model)),
+        graph=_graph(made.model, entry),
         written_by=f"onnxruntime {ort.__version__}",
     )
     file = changed.manifest.variants[INT8_VARIANT].file
     ratio = len(model) / len(made.model)
     say(f"quantized {folder / file} ({len(made.model) / 1e6:.1f} MB, {ratio:.2f} times smaller)")
     return Quantized(facts, True, images)
+
+
+def _graph(model: bytes, of_float: Variant) -> GraphEntry:
+    """Return the operators; what counts as a parameter is that of the float32 graph."""
+    graph = describe_graph(onnx.load_from_string(model))
+    if of_float.graph is None:
+        return graph
+    return graph.model_copy(update={"num_parameters": of_float.graph.num_parameters})
 
 
 def _check(
@@ -166,8 +174,8 @@ def _check(
         )
     if plot is not None and method != "auto":
         raise ConfigError(f"--plot draws what --method auto tried. Got --method {method}.")
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {plot} must be in a folder that exists. Make it first.")
+    if plot is not None and (plot.is_dir() or not plot.absolute().parent.is_dir()):
+        raise ConfigError(f"--plot {plot} must be a file in a folder that exists. Make it first.")
 
 
 class Int8Measure:

@@ -3,9 +3,9 @@
 With torch absent, or the images not there, golden samples alone run, and the result says so.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from fieldmark.errors import DataError, MissingDependency, PackageError, Unknown
 from fieldmark.measure import Predict
 from fieldmark.packaging.entries import Variant
 from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.served import SERVED, can_open
 from fieldmark.packaging.variants import open_variant
 from fieldmark.packaging.verify import verify_variant
 from fieldmark.runtime.log import track, warn
@@ -71,6 +72,9 @@ def verify_package(
     )
     results = {}
     for name in names:
+        if not variants and not _can_open(known[name].kind):
+            warn(f"variant {name!r} was not verified: its library is not installed.")
+            continue
         batches = None
         if images is not None:
             batches = track(images.batches(), f"comparing {name}", images.num_batches)
@@ -93,6 +97,10 @@ def verify_package(
         results[name]["notes"] = [*results[name]["notes"], *notes]
     passed = all(result["passed"] for result in results.values())
     return {"package_id": package.id, "variants": results}, passed
+
+
+def _can_open(kind: str) -> bool:
+    return can_open(kind) or (kind not in SERVED and find_spec("torch") is not None)
 
 
 def _order(known: Mapping[str, Variant], names: Sequence[str]) -> tuple[str, ...]:
@@ -121,7 +129,7 @@ def _parity_images(
     order: Sequence[str],
 ) -> tuple[ParityImages | None, str]:
     """Return the images to compare on, or None and why there are none."""
-    if importlib.util.find_spec("torch") is None:
+    if find_spec("torch") is None:
         if data:
             require("torch", "train", "comparing on images")
         return None, "The trained model needs torch, which is not installed."

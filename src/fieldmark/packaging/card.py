@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fieldmark import __version__
-from fieldmark.packaging.entries import Measured, Variant
+from fieldmark.packaging.entries import Confidence, Measured, Variant
 from fieldmark.packaging.manifest import Manifest
 from fieldmark.runtime.files import size_text
 
@@ -44,7 +44,7 @@ def write_card(manifest: Manifest, package_id: str, source: str) -> bytes:
         _summary(manifest, package_id),
         _use(manifest, package_id, source),
         _accuracy(manifest.metrics),
-        _confidence(getattr(manifest, "confidence", None)),
+        _confidence(manifest.confidence),
         _variants(manifest),
         _classes([entry.name for entry in manifest.classes]),
         _images(manifest),
@@ -135,16 +135,24 @@ def _accuracy(metrics: Mapping[str, Any]) -> str:
     return "## Accuracy\n\n" + _table(columns, rows)
 
 
-def _confidence(confidence: Any) -> str:
+def _confidence(confidence: Confidence | None) -> str:
     if confidence is None:
         return ""
-    rows: list[list[Any]] = []
-    for name, value in confidence.model_dump(mode="json").items():
-        shown = _rate(value) if isinstance(value, Mapping) else value
-        if isinstance(shown, str | int | float):
-            shown = f"{shown:.4g}" if isinstance(shown, float) else shown
-            rows.append([name.replace("_", " "), shown])
-    return "## Confidence\n\nProbabilities are calibrated.\n\n" + _table(["", "Value"], rows)
+    before, after = confidence.before, confidence.after
+    rows = [
+        ["Calibration error (ECE)", _plain(before.ece), _plain(after.ece)],
+        ["Loss (NLL), nats", _plain(before.nll), _plain(after.nll)],
+    ]
+    words = (
+        f"Probabilities are calibrated: logits are divided by {confidence.temperature:.4g}, fitted "
+        f"on {confidence.data}."
+    )
+    columns = ["", "At temperature 1", "As served"]
+    return f"## Confidence\n\n{_text(words)}\n\n" + _table(columns, rows)
+
+
+def _plain(measured: Measured) -> str:
+    return f"{measured.value:.4f} ({measured.low:.4f} to {measured.high:.4f})"
 
 
 def _variants(manifest: Manifest) -> str:
@@ -152,7 +160,12 @@ def _variants(manifest: Manifest) -> str:
         return "## Variants\n\nNone: the weights alone. `fieldmark export` adds one."
     columns = ["Variant", "Precision", "Size", "Agreement", "Accuracy drop", "On", "Deployable"]
     rows = [
-        [name, variant.precision, size_text(manifest.files[variant.file].bytes), *_parity(variant)]
+        [
+            name,
+            variant.precision,
+            size_text(manifest.num_bytes(variant)),
+            *_parity(variant),
+        ]
         for name, variant in manifest.variants.items()
     ]
     words = (

@@ -5,6 +5,7 @@ so that no file can claim it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -19,7 +20,7 @@ class Limits:
 
     min_top1_agreement: float
     max_relative_delta_logit: float  # on golden samples, times max(1, largest |logit|)
-    max_accuracy_drop: float  # a fraction; a quantized variant may set itself a lower one
+    max_accuracy_drop: float  # a fraction; a quantized variant has the one it was made for
 
 
 # One entry for each precision, so that a coarser one brings its own bounds.
@@ -316,6 +317,12 @@ class Variant(Entry):
     def files(self) -> tuple[str, ...]:
         """The files that it consists of."""
         return (self.file,) if self.weights_file is None else (self.file, self.weights_file)
+
+    def made_by(self, package: Path) -> str:
+        """Return the command that makes such a variant anew."""
+        if self.quantization is not None:
+            return f"fieldmark quantize {package} --method {self.quantization.method}"
+        return f"fieldmark export {package} --to {self.kind}"
 
     @property
     def features(self) -> Features | None:

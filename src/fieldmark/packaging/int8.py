@@ -32,11 +32,13 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from fieldmark.errors import ModelError
+from fieldmark.packaging.load import open_session
 from fieldmark.runtime.cpu import instruction_set
 
 Calibration = Literal["minmax", "percentile", "entropy"]
 CALIBRATIONS: tuple[Calibration, ...] = ("minmax", "percentile", "entropy")
 Pixels = npt.NDArray[np.uint8]
+Weights = dict[str, npt.NDArray[np.float64]]
 
 # Layers hold weights; they are what is counted, and what may be left in float. The other operators
 # only carry integers on, so that the values between two layers need not become floats again.
@@ -101,13 +103,14 @@ class StaticQuantizer:
                 "a model must have convolutions or matrix products with weights to be quantized. "
                 "This one has none."
             )
-        self._corrected: dict[tuple[Calibration, bool], onnx.ModelProto] = {}
+        self._rounded: dict[tuple[Calibration, bool], Weights] = {}
+        self._means: Weights = {}
 
     def quantized(self, settings: Int8Settings) -> bytes:
         """Return the model in int8, but for `settings.float_layers`."""
         model = self._prepared
         if settings.bias_corrected:
-            model = self._bias_corrected(settings.calibration, settings.reduce_range)
+            model = self._bias_corrected(settings)
         return self._quantize(model, settings, excluded=settings.float_layers)
 
     def quantized_alone(self, layer: str, settings: Int8Settings) -> bytes:
@@ -139,19 +142,27 @@ class StaticQuantizer:
                     weight_type=QuantType.QInt8,
                     calibrate_method=_METHODS[settings.calibration],
                     # Ranges depend on the images alone, and are found once for each method.
+                    extra_options={"CalibStridedMinMax": _stride(len(self._images))},
                     calibration_cache_path=self._folder / f"ranges-{settings.calibration}.json",
                 )
             except Exception as error:  # noqa: BLE001  # as above
                 raise ModelError(_sentence("quantized", error)) from error
-        return _with_float_outputs(onnx.load(out)).SerializeToString()
+        int8 = onnx.load(out)
+        _with_float_logits(int8)
+        others = [layer for layer in self.layers if layer != only]
+        _keep_in_float(int8, others if only else excluded)
+        return bytes(int8.SerializeToString())
 
-    def _bias_corrected(self, calibration: Calibration, reduce_range: bool) -> onnx.ModelProto:
-        key = (calibration, reduce_range)
-        if key not in self._corrected:
-            settings = Int8Settings(calibration, reduce_range)
-            rounded = onnx.ModelProto.FromString(self.quantized(settings))
-            self._corrected[key] = correct_biases(self._prepared, rounded, self._images)
-        return self._corrected[key]
+    def _bias_corrected(self, settings: Int8Settings) -> onnx.ModelProto:
+        key = (settings.calibration, settings.reduce_range)
+        if key not in self._rounded:
+            whole = onnx.ModelProto.FromString(self.quantized(Int8Settings(*key)))
+            self._rounded[key] = dequantized_weights(whole)
+        if not self._means:
+            self._means = input_means(self._prepared, self._images)
+        return correct_biases(
+            self._prepared, self._rounded[key], self._means, but=settings.float_layers
+        )
 
 
 def quantized_dynamically(model: bytes, folder: Path) -> tuple[bytes, int]:
@@ -192,7 +203,7 @@ def weighted_layers(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def correct_biases(
-    model: onnx.ModelProto, rounded: onnx.ModelProto, images: Pixels
+    model: onnx.ModelProto, rounded: Weights, means: Weights, but: Sequence[str] = ()
 ) -> onnx.ModelProto:
     """Return `model` with convolutions' biases moved against what rounding their weights does.
 
@@ -200,20 +211,23 @@ def correct_biases(
     weight) times the mean of that input. Border effects of padding are left out.
 
     Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2; means are taken from images here.
+
+    Args:
+        rounded: weights as their integers give them back, by name, (out, in / groups, kh, kw).
+        means: of each convolution's input, by name, (in,).
+        but: layers that are not rounded.
     """
-    means = _input_means(model, images)
-    dequantized = _dequantized_weights(rounded)
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
     uses = Counter(name for node in changed.graph.node for name in node.input)
     for node in changed.graph.node:
-        if node.op_type != "Conv" or node.input[1] not in dequantized:
+        if node.op_type != "Conv" or node.input[1] not in rounded or node.name in but:
             continue
         if len(node.input) > 2 and uses[node.input[2]] > 1:
             continue  # a bias for two layers has no one right value
-        weight = numpy_helper.to_array(tensors[node.input[1]])  # (out, in / groups, kh, kw)
-        error = (dequantized[node.input[1]] - weight).sum(axis=(2, 3))
-        mean = means[node.input[0]].astype(np.float64)
+        weight = numpy_helper.to_array(tensors[node.input[1]])
+        error = (rounded[node.input[1]] - weight).sum(axis=(2, 3))
+        mean = means[node.input[0]]
         groups = len(mean) // weight.shape[1]
         of_output = np.repeat(np.arange(groups), len(weight) // groups)
         moved = (error * mean.reshape(groups, -1)[of_output]).sum(axis=1)
@@ -228,10 +242,8 @@ def correct_biases(
     return changed
 
 
-def _input_means(model: onnx.ModelProto, images: Pixels) -> dict[str, npt.NDArray[np.float64]]:
+def input_means(model: onnx.ModelProto, images: Pixels) -> Weights:
     """Return the mean of each channel of every convolution's input, over images and places."""
-    from fieldmark.packaging.load import open_session
-
     probed = onnx.ModelProto.FromString(model.SerializeToString())
     names = sorted({node.input[0] for node in model.graph.node if node.op_type == "Conv"})
     outputs = []
@@ -241,19 +253,19 @@ def _input_means(model: onnx.ModelProto, images: Pixels) -> dict[str, npt.NDArra
         probed.graph.output.append(
             onnx.helper.make_tensor_value_info(outputs[-1], onnx.TensorProto.FLOAT, None)
         )
+    if not names:
+        return {}
     session = open_session(probed.SerializeToString(), "the model with its means")
-    sums = [np.zeros(()) for _ in names]
+    sums: list[npt.NDArray[np.float64]] = [np.zeros(()) for _ in names]
     for start in range(0, len(images), _CALIBRATION_BATCH):
         found = session.run(outputs, {"images": images[start : start + _CALIBRATION_BATCH]})
-        sums = [
-            s + f[:, :, 0, 0].astype(np.float64).sum(axis=0)
-            for s, f in zip(sums, found, strict=True)
-        ]
+        of_batch = (means[:, :, 0, 0].astype(np.float64).sum(axis=0) for means in found)
+        sums = [total + more for total, more in zip(sums, of_batch, strict=True)]
     return {name: total / len(images) for name, total in zip(names, sums, strict=True)}
 
 
-def _dequantized_weights(rounded: onnx.ModelProto) -> dict[str, npt.NDArray[np.float64]]:
-    """Return weights by their float name, as the integers give them back."""
+def dequantized_weights(rounded: onnx.ModelProto) -> Weights:
+    """Return convolutions' weights by their float name, as the integers give them back."""
     tensors = {tensor.name: tensor for tensor in rounded.graph.initializer}
     found = {}
     for node in rounded.graph.node:
@@ -266,29 +278,62 @@ def _dequantized_weights(rounded: onnx.ModelProto) -> dict[str, npt.NDArray[np.f
     return found
 
 
-def _with_float_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove the rounding of the outputs: 256 steps between the logits would only lose ties."""
+def _with_float_logits(model: onnx.ModelProto) -> None:
+    """Remove the rounding of the logits: 256 steps between them would only lose ties.
+
+    A feature map stays rounded, because what comes after it works on the integers.
+    """
     nodes = {node.output[0]: node for node in model.graph.node}
-    for output in model.graph.output:
-        last = nodes[output.name]
-        before = nodes.get(last.input[0])
-        if last.op_type != "DequantizeLinear" or before is None:
-            continue
-        rounded = before.input[0]
-        model.graph.node.remove(last)
-        model.graph.node.remove(before)
-        nodes[rounded].output[0] = output.name
-    return model
+    last = nodes.get("logits")
+    before = nodes.get(last.input[0]) if last is not None else None
+    if last is None or before is None or last.op_type != "DequantizeLinear":
+        return
+    if sum(before.output[0] in node.input for node in model.graph.node) > 1:
+        return
+    rounded = before.input[0]
+    model.graph.node.remove(last)
+    model.graph.node.remove(before)
+    nodes[rounded].output[0] = "logits"
+
+
+def _keep_in_float(model: onnx.ModelProto, layers: Sequence[str]) -> None:
+    """Put a maximum of one value in front of layers that are to stay in float.
+
+    When onnxruntime opens a file, it quantizes the weights of a layer between two rounded tensors
+    by itself, with one scale for all channels and full range. It looks for the tensor in front.
+    """
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        if node.name in layers:
+            through = f"{node.name}_in_float"
+            guard = onnx.helper.make_node("Max", [node.input[0]], [through], name=through)
+            node.input[0] = through
+            model.graph.node.insert(index, guard)
 
 
 class _Batches(CalibrationDataReader):
+    """Gives images in turn; a part of them at a time, so that not all activations are held."""
+
     def __init__(self, images: Pixels) -> None:
-        starts = range(0, len(images), _CALIBRATION_BATCH)
-        self._batches = iter([images[start : start + _CALIBRATION_BATCH] for start in starts])
+        self._images = images
+        self._next, self._end = 0, len(images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._next, self._end = start_index, end_index
 
     def get_next(self) -> dict[str, Pixels] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch}
+        if self._next >= self._end:
+            return None
+        start, self._next = self._next, min(self._end, self._next + _CALIBRATION_BATCH)
+        return {"images": self._images[start : self._next]}
+
+
+def _stride(num_images: int) -> int:
+    """Return the largest part of so many images, up to a few batches, that divides them."""
+    most = min(num_images, 4 * _CALIBRATION_BATCH)
+    return next(size for size in range(most, 0, -1) if num_images % size == 0)
 
 
 @contextmanager

@@ -104,10 +104,10 @@ class Int8Search:
         for calibration in calibrations:
             plain = self._try(Int8Settings(calibration, self._reduce_range))
             corrected = self._try(replace(plain.settings, bias_corrected=True))
-            better = min(plain, corrected, key=_distance)
-            if better.holds(self._max_drop):
-                return self._found(better, {})
-            tried.append(better)
+            holding = [one for one in (plain, corrected) if one.holds(self._max_drop)]
+            if holding:
+                return self._found(min(holding, key=_distance), {})
+            tried += [plain, corrected]
         return self._with_float_layers(min(tried, key=_distance).settings)
 
     def _with_float_layers(self, settings: Int8Settings) -> Found:

@@ -65,6 +65,10 @@ class Manifest(Entry):
     license: str = ""
     source: str = ""  # of the weights
 
+    def num_bytes(self, variant: Variant) -> int:
+        """Return the size of all files of a variant."""
+        return sum(self.files[file].bytes for file in variant.files)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         num_classes = self.architecture.num_classes
@@ -133,7 +137,7 @@ class Package:
 
     def num_bytes(self, variant: Variant) -> int:
         """Return the size of all files of a variant."""
-        return sum(self.manifest.files[file].bytes for file in variant.files)
+        return self.manifest.num_bytes(variant)
 
     def read(self, relative: str) -> bytes:
         """Return the content of a file that the manifest lists, its size and SHA-256 checked.
@@ -200,7 +204,7 @@ class Package:
     def _remedy(self, relative: str) -> str:
         for variant in self.manifest.variants.values():
             if relative in variant.files:
-                return f" Run: fieldmark export {self.path} --to {variant.kind}."
+                return f" Run: {variant.made_by(self.path)}."
         return " Copy the package again, or write it anew."
 
 

@@ -1,5 +1,7 @@
 """Opening the variants that need no torch. Torch-free."""
 
+from importlib.util import find_spec
+
 from fieldmark.errors import PackageError
 from fieldmark.measure import Predict
 from fieldmark.packaging.entries import VariantKind
@@ -8,6 +10,11 @@ from fieldmark.packaging.manifest import Package
 from fieldmark.packaging.openvino_load import open_openvino
 
 SERVED: tuple[VariantKind, ...] = ("onnx", "openvino")
+
+
+def can_open(kind: str) -> bool:
+    """Return whether this installation opens such variants without torch."""
+    return kind == "onnx" or (kind == "openvino" and find_spec("openvino") is not None)
 
 
 def open_served(package: Package, name: str, threads: int = 0) -> Predict:

@@ -1,7 +1,7 @@
 """The verb `bench`: what is timed, the facts of it, and the machine's record. Torch-free."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,7 +10,9 @@ import numpy as np
 
 from fieldmark.errors import ConfigError, PackageError, UnknownName
 from fieldmark.measure import median_ratio, p99, quantile
+from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.manifest import WEIGHTS, Package
+from fieldmark.packaging.served import can_open
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.runtime.log import warn
 from fieldmark.serving.preference import (
@@ -59,7 +61,7 @@ def make_plan(package: Package, asked: Asked) -> Plan:
         PackageError: the package has no ONNX variant, and no other was asked for.
     """
     known = package.manifest.variants
-    names = asked.variants or [name for name, entry in known.items() if entry.kind == "onnx"]
+    names = asked.variants or [name for name, entry in known.items() if can_open(entry.kind)]
     if not names:
         raise PackageError(
             f"{package.path} must have an ONNX variant to time. It has none. "
@@ -91,10 +93,19 @@ def make_plan(package: Package, asked: Asked) -> Plan:
     )
 
 
+def _checked(package: Package, item: Candidate, opener: Opener) -> Candidate:
+    """Return the candidate, with what its golden samples say on this machine."""
+    if not item.deployable or not package.manifest.golden.count:
+        return item
+    entry = package.manifest.variants[item.name]
+    found = check_golden(package, opener(item.name, 1), entry.precision, recorded=entry.golden)
+    return replace(item, obstacles=(*item.obstacles, *found.problems()))
+
+
 def bench(package: Package, asked: Asked, opener: Opener) -> dict[str, Any]:
     """Time the variants, keep the preferred one in the machine's cache, and return the facts."""
     plan = make_plan(package, asked)
-    listed = [candidate(package, name) for name in plan.variants]
+    listed = [_checked(package, candidate(package, name), opener) for name in plan.variants]
     candidates = {item.name: item for item in listed}
     timings, memory = time_variants(plan, package, listed, opener)
     preference = _preference(package, timings, candidates, asked.max_latency_ms)

@@ -124,7 +124,7 @@ def open_predictor(
         if problems:
             raise CheckFailed(
                 f"variant {variant!r} of {package_path} must agree with the trained model. "
-                f"{' '.join(problems)} Run: fieldmark export {package_path}."
+                f"{' '.join(problems)} Run: {entry.made_by(package.path)}."
             )
     if check and package.manifest.golden.count:
         result = check_golden(package, predict, entry.precision, recorded=entry.golden)

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from fieldmark.measure import is_faster, p99
 from fieldmark.packaging.entries import Entry
 from fieldmark.packaging.manifest import WEIGHTS, Package
-from fieldmark.packaging.served import SERVED
+from fieldmark.packaging.served import SERVED, can_open
 from fieldmark.runtime.cpu import cpu_name, instruction_set, num_cores
 from fieldmark.runtime.files import sha256_bytes, write_json
 from fieldmark.runtime.log import warn
@@ -121,7 +121,7 @@ def preferred(package: Package) -> Preference | None:
     if found is None or found.choice is None:
         return None
     variant = package.manifest.variants.get(found.choice.variant)
-    if variant is None or not variant.deployable or variant.kind not in SERVED:
+    if variant is None or not variant.deployable or not can_open(variant.kind):
         return None
     if package.manifest.files[variant.file].sha256 != found.choice.file_sha256:
         return None  # exported anew since
@@ -150,7 +150,7 @@ def choose_served(package: Package, variant: str = "auto", threads: int = 0) -> 
 def usable_names(package: Package) -> set[str]:
     """Return the variants that may be served, and can be."""
     variants = package.manifest.variants.items()
-    return {name for name, entry in variants if entry.deployable and entry.kind in SERVED}
+    return {name for name, entry in variants if entry.deployable and can_open(entry.kind)}
 
 
 def choose(

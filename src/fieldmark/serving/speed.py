@@ -119,13 +119,12 @@ def candidate(package: Package, name: str) -> Candidate:
         entry, why = files[WEIGHTS], ("It is the trained model, not an exported variant.",)
         return Candidate(name, REFERENCE, "float32", entry.bytes, entry.sha256, why)
     variant = package.manifest.variants[name]
-    entry = files[variant.file]
     return Candidate(
         name,
         variant.kind,
         variant.precision,
-        entry.bytes,
-        entry.sha256,
+        package.num_bytes(variant),
+        files[variant.file].sha256,
         tuple(variant.obstacles()),
     )
 

@@ -31,6 +31,7 @@ def show_calibration(result: Result) -> None:
     ]
     for name, variant in facts["variants"].items():
         rows += [(name, f"{label}: {text}") for label, text in drift_rows(variant["parity"] or {})]
+        rows += [(f"{name}, note", note) for note in variant["notes"]]
         rows += [("problem", problem) for problem in variant["problems"]]
     if "plot" in facts:
         rows.append(("reliability diagram", facts["plot"]))

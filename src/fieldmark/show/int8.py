@@ -8,6 +8,7 @@ from fieldmark.pipeline import Result
 from fieldmark.runtime.log import facts as facts_table
 from fieldmark.runtime.log import table
 from fieldmark.show import show_verification
+from fieldmark.show.variants import quantization_rows
 
 
 def show_quantization(result: Result) -> None:
@@ -17,23 +18,16 @@ def show_quantization(result: Result) -> None:
         _print_tried(facts)
     quantization = facts["quantization"]
     if "variants" not in facts:
-        typer.echo(
-            f"No int8 model held the bound of {100 * quantization['max_drop']:g} points: the "
-            "package is as it was. Raise --max-drop, or calibrate on more images."
-        )
+        bound = 100 * quantization["max_drop"]
+        if any(100 * tried["drop"] <= bound for tried in facts["tried"]):
+            why = f"What held the bound of {bound:g} points was slower than float32 here"
+            action = "Keep float32 on this machine."
+        else:
+            why = f"No int8 model held the bound of {bound:g} points"
+            action = "Raise --max-drop, or calibrate on more images."
+        typer.echo(f"{why}: the package is as it was. {action}")
         return
-    sets = (
-        ("calibrated on", quantization["calibration_set"]),
-        ("selected by", quantization["selection_set"]),
-    )
-    rows = [
-        (name, f"{images['num_images']} images of {images['data']}")
-        for name, images in sets
-        if images
-    ]
-    in_float = quantization["layers_in_float"]
-    left = f", {len(in_float)} in float: {', '.join(in_float)}" if in_float else ", none in float"
-    rows.append(("layers", f"{quantization['num_layers']}{left}"))
+    rows = quantization_rows(quantization)
     (entry,) = facts["variants"].values()
     rows.append(("size", f"{facts['float_bytes'] / entry['bytes']:.2f} times smaller"))
     facts_table(rows)

@@ -1,14 +1,13 @@
 """The model card says what the manifest says, whatever people call their classes."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
 from packaging_data import Made, edit_manifest, write_falcons
 
 from fieldmark.packaging.card import MAX_CLASSES, is_generated, write_card
+from fieldmark.packaging.entries import CalibrationEntry, Confidence, Measured
 from fieldmark.packaging.manifest import Package, open_package
 
 NASTY = 'a|b`c`"\n# heading\x85\x7f[x](http://y) <b>: - é 🦅\u2028'
@@ -86,14 +85,23 @@ def test_many_classes_are_counted_rather_than_listed(package: Package) -> None:
 
 def test_calibrated_confidence_is_told_where_there_is_one(package: Package) -> None:
     assert "## Confidence" not in card_of(package).decode()
-    values = {"temperature": 1.234567, "ece_after": RATE, "bins": [1, 2]}
-    confidence = SimpleNamespace(model_dump=lambda mode: values)
-    fields = {name: getattr(package.manifest, name) for name in type(package.manifest).model_fields}
-    manifest: Any = SimpleNamespace(**{**fields, "confidence": confidence})
+    measured = Measured(value=0.1234567, low=0.1, high=0.2, n=200)
+    entry = CalibrationEntry(nll=measured, ece=measured, bins=())
+    confidence = Confidence(
+        temperature=1.234567,
+        low=1.1,
+        high=1.4,
+        data="200 images of birds, val",
+        num_images=200,
+        fingerprint="f",
+        before=entry,
+        after=entry,
+        nll_change=measured,
+    )
+    manifest = package.manifest.model_copy(update={"confidence": confidence})
     text = write_card(manifest, "0" * 64, "SOURCE").decode()
-    assert "| temperature | 1.235 |" in text
-    assert "| ece after | 95.12% (90.00% to 98.00%) |" in text
-    assert "| bins" not in text
+    assert "divided by 1.235, fitted on 200 images of birds, val" in text
+    assert "0.1235 (0.1000 to 0.2000)" in text
 
 
 @pytest.mark.parametrize("edit", ["", "front", "end"])
