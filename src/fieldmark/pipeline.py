@@ -292,8 +292,8 @@ def verify(
 
     Args:
         data: the images; default: the validation split that the package's training held out.
-        split: which split of `data`; auto takes val, else test, else all, but not val first where
-            that chose among int8 models.
+        split: which split of `data`; auto takes val, else test, else all; where an int8 variant
+            is among them test first, as val may have chosen it.
         variants: default all.
         max_images: at most so many, chosen evenly over the split.
     """

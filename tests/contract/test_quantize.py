@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import fieldmark
 from fieldmark.errors import CheckFailed, FieldmarkError
+from fieldmark.evaluation.int8_run import speed_ratio
 from fieldmark.packaging.entries import GoldenCheck
 from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.load import open_onnx
@@ -129,6 +131,48 @@ def test_a_near_tie_may_change_and_nothing_else_may(
     limit = checked(0.0).tolerance
     assert checked(limit * 0.99).num_wrong_answers == 0
     assert checked(1e9).num_wrong_answers > 0
+
+
+class Session:
+    """Stands for onnxruntime's: a run takes so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def run(self, _: object, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        time.sleep(self.seconds)
+        return [np.zeros((len(feed["images"]), 4), np.float32)]
+
+
+def test_the_speed_is_that_of_the_second_over_the_first() -> None:
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    slow, fast = Session(0.03), Session(0.003)
+    assert speed_ratio(slow, fast, pixels) > 2.0  # type: ignore[arg-type]
+    assert speed_ratio(fast, slow, pixels) < 0.5  # type: ignore[arg-type]
+
+
+def test_calibrating_confidence_keeps_to_images_that_chose_nothing(
+    quantized: tuple[Path, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(quantized[0], tmp_path / "package"))
+    # The tiny run makes no mistake on val, so that no temperature can be fitted to it.
+    fitted = (open_package(folder), {"confidence": {}, "split": "val"})
+    monkeypatch.setattr(
+        "fieldmark.evaluation.confidence.calibrate_package", lambda *_, **__: fitted
+    )
+    facts = fieldmark.calibrate(folder).facts
+    assert facts["variants"]["int8"]["parity"]["data"].endswith("test")
+    assert facts["variants"]["int8"]["notes"] == []
+
+
+def test_a_library_that_is_missing_stops_only_its_own_variant(
+    quantized: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = quantized
+    monkeypatch.setattr(
+        "fieldmark.evaluation.parity.can_open", lambda kind: kind != "onnx", raising=True
+    )
+    assert fieldmark.verify(folder).facts["variants"] == {}
 
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])

@@ -104,9 +104,8 @@ def _can_open(kind: str) -> bool:
 
 
 def _order(known: Mapping[str, Variant], names: Sequence[str]) -> tuple[str, ...]:
-    """Return which split to compare on: val, unless it chose among int8 models."""
-    selections = [entry.quantization for name, entry in known.items() if name in names]
-    if any(made is not None and made.selection_set is not None for made in selections):
+    """Return which split to compare on: val; of int8 test, as val may have chosen it."""
+    if any(entry.quantization is not None for name, entry in known.items() if name in names):
         return ("test", "val", "all", "train")
     return ("val", "test", "all", "train")
 

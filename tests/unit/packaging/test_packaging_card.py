@@ -1,6 +1,7 @@
 """The model card says what the manifest says, whatever people call their classes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml

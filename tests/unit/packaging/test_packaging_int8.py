@@ -13,11 +13,13 @@ from packaging_data import Made, draw_pixels
 
 from fieldmark.errors import ModelError
 from fieldmark.measure import compare_logits
+from fieldmark.packaging.export import export_onnx
 from fieldmark.packaging.int8 import (
     Int8Settings,
     StaticQuantizer,
     correct_biases,
     input_means,
+    needs_reduced_range,
     quantized_dynamically,
     weighted_layers,
 )
@@ -91,6 +93,19 @@ def test_layers_left_in_float_run_in_float(quantizer: StaticQuantizer, tmp_path:
     whole = opened_kinds(quantizer.quantized(Int8Settings()), tmp_path / "whole.onnx")
     assert whole["Conv"] == 0
     assert whole["QLinearConv"] == sum(layer != "fc" for layer in quantizer.layers)
+
+
+def test_a_feature_map_beside_the_logits_leaves_all_layers_in_integers(
+    made: Made, tmp_path: Path
+) -> None:
+    exported = export_onnx(made.module, 64, 64, features=True)
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    model = StaticQuantizer(exported.data, images, tmp_path).quantized(Int8Settings())
+    assert opened_kinds(model, tmp_path / "opened.onnx")["Conv"] == 0
+    exact = open_session(exported.data, "float32").run(["features"], {"images": images})[0]
+    found = open_session(model, "int8").run(["features"], {"images": images})[0]
+    assert found.shape == exact.shape
+    assert np.abs(found - exact).mean() < 0.1 * np.abs(exact).mean()
 
 
 def opened_kinds(model: bytes, path: Path) -> Counter[str]:
@@ -281,6 +296,23 @@ def test_what_holds_goes_before_what_is_near() -> None:
     found = search(ClaimsToBeNear(needed=0)).run()
     assert found.holds
     assert not found.best.settings.bias_corrected
+
+
+@pytest.mark.parametrize(
+    ("flags", "reduced"),
+    [
+        ("x86_64+avx2", True),
+        ("x86_64+avx2+avx512f", True),
+        ("x86_64+avx2+avx512f+avx512_vnni", False),
+        ("x86_64+avx2+avx_vnni", False),
+        ("aarch64+asimd", False),
+    ],
+)
+def test_the_processor_decides_on_7_bits(
+    flags: str, reduced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fieldmark.packaging.int8.instruction_set", lambda: flags)
+    assert needs_reduced_range() is reduced
 
 
 def test_layers_are_found_in_the_order_of_the_graph(made: Made) -> None:
