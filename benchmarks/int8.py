@@ -8,7 +8,8 @@ accuracy  exports MODEL (a run, a package, local-dir:PATH) to ONNX, compares it 
           `fieldmark quantize` as it is, but for --max-drop; the report is on images that chose
           nothing. Speed of int8 over float32, both in onnxruntime, is timed in alternating rounds.
 speed     ResNet-50 (untrained: speed does not depend on the weights) and tf_efficientnet_lite0 at
-          224 px, batch 16: torch eager in NCHW and channels_last, onnxruntime float32 and int8.
+          224 px, ResNet-18 at 32 px (untrained), batch 16: torch eager in NCHW and channels_last,
+          onnxruntime float32 and int8.
 dynamic   what torch.ao.quantization.quantize_dynamic makes of the network when asked for Linear and
           Conv2d, as tutorials ask it, beside `--method dynamic`, `static` and `auto`: layers in
           int8, size, speed and accuracy.
@@ -29,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import results_file
-import timm
 import torch
 from results_file import Row
 
@@ -40,7 +40,13 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.evaluation.backends import open_module
 from fieldmark.evaluation.splits import pick_split, spread_over
 from fieldmark.measure import Predict, compare_logits
-from fieldmark.model import InferenceModule, eager_predict
+from fieldmark.model import (
+    Architecture,
+    InferenceModule,
+    adapt_architecture,
+    build,
+    eager_predict,
+)
 from fieldmark.packaging.export import export_onnx
 from fieldmark.packaging.int8 import (
     Int8Settings,
@@ -132,13 +138,18 @@ def short(quantization: dict[str, Any]) -> dict[str, Any]:
 def speed(weights: str) -> Row:
     """Return images per second of four ways to run each of two networks."""
     row: Row = {"batch_size": BATCH_SIZE, "threads": num_cores()}
-    for name, source in (("resnet50", ""), ("tf_efficientnet_lite0", weights)):
+    for name, source, side_px in (
+        ("resnet50", "", 224),
+        ("tf_efficientnet_lite0", weights, 224),
+        ("resnet18", "", 32),
+    ):
         if source:
             module = open_module(resolve_model(source))
         else:
             torch.manual_seed(0)
-            module = InferenceModule(timm.create_model(name).eval(), MEAN, STD)
-        row[name] = four_ways(module, 224)
+            architecture, _ = adapt_architecture(Architecture(name, 10), side_px, "auto")
+            module = InferenceModule(build(architecture).eval(), MEAN, STD)
+        row[name] = {"side_px": side_px, **four_ways(module, side_px)}
         say(f"{name}: {row[name]}")
     return row
 
