@@ -56,6 +56,12 @@ def test_auto_adds_a_variant_and_reports_on_other_images(
     assert "val" in quantization.selection_set.data
     assert "32 images" in parity.data
     assert parity.data.endswith("test")
+    digests = {
+        parity.images_sha256,
+        quantization.calibration_set.sha256,
+        quantization.selection_set.sha256,
+    }
+    assert len(digests - {None}) == 3
     assert quantization.num_tried == len(facts["tried"])  # type: ignore[arg-type]
     json.dumps(facts, allow_nan=False)
     with Image.open(folder.parent / "frontier.png") as picture:

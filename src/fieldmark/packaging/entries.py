@@ -155,6 +155,7 @@ class Parity(Entry):
     accuracy_drop: Measured  # accuracy of the eager model minus the variant's, paired
     data: str  # which images, in words
     instruction_set: str  # of the machine it was measured on
+    images_sha256: str | None = None  # of their prepared pixels, in order; None: not noted then
     # None: measured before confidence was, or the variant's logits are not finite.
     reference_accuracy: Measured | None = None
     accuracy: Measured | None = None

@@ -1,5 +1,6 @@
 """Whether a variant still gives the answers of the eager model: the gate before deployment."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -126,11 +127,13 @@ def verify_variant(
     if batches is not None:
         if reference is None:
             raise ValueError("reference must be given with batches: parity compares two models.")
-        compared = _run_both(reference, variant, batches)
+        digest = hashlib.sha256()
+        compared = _run_both(reference, variant, _noted(batches, digest))
         if compared is not None:
             agreement = compare_logits(*compared)
             confidence = _confidence(package, *compared)
-            parity = _parity(agreement, confidence, data)
+            about = {"data": data, "images_sha256": digest.hexdigest()}
+            parity = _parity(agreement, confidence | about)
     written = package
     if not _is_of_this_processor(entry, golden, parity):
         written = record_parity(
@@ -191,12 +194,19 @@ def _confidence(
     }
 
 
-def _parity(agreement: Agreement, confidence: dict[str, Any], data: str) -> Parity:
-    values = agreement.to_json() | confidence
+def _noted(batches: Batches, digest: "hashlib._Hash") -> Batches:
+    """Yield the batches, their pixels added to the digest."""
+    for images, labels in batches:
+        digest.update(images.tobytes())
+        yield images, labels
+
+
+def _parity(agreement: Agreement, more: dict[str, Any]) -> Parity:
+    values = agreement.to_json() | more
     for key in ("max_abs_delta_logit", "mean_abs_delta_logit"):
         if not math.isfinite(values[key]):
             values[key] = None  # JSON has no infinity
-    return Parity.model_validate({**values, "data": data, "instruction_set": instruction_set()})
+    return Parity.model_validate({**values, "instruction_set": instruction_set()})
 
 
 def _dump(parity: Parity | None) -> dict[str, Any] | None:
