@@ -150,6 +150,7 @@ def test_what_cannot_be_fitted_leaves_the_package_as_it_was(
     assert (package / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_test_images_of_its_own_source_must_be_named(
     doubtful_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

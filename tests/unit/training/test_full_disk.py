@@ -96,6 +96,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_so(
     assert (disk / "run" / "package" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave_kb", [0, 4, 12, 40])
 def test_a_disk_that_fills_before_the_package_leaves_a_run_that_is_resumed(
     disk: Path,

@@ -82,6 +82,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path: Path, settings: list[str]) -> None:
     digests = []
     for workers in (0, 2):
