@@ -65,6 +65,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave_kb", [40, 100, 130, 200, 400])
 def test_a_disk_that_fills_while_training_leaves_a_run_that_is_resumed(
     disk: Path, settings: list[str], calm: Path, leave_kb: int

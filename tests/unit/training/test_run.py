@@ -118,6 +118,7 @@ def test_without_a_validation_split_the_last_weights_are_taken(
     assert "val" not in [line["kind"] for line in lines(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_a_resumed_one_stays_ended(
     tmp_path: Path, tiny_settings: list[str]
 ) -> None:
@@ -180,6 +181,7 @@ def test_data_that_changed_under_the_run_is_an_error(
         fieldmark.train(out=out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_a_sound_checkpoint(
     tmp_path: Path, tiny_settings: list[str]
 ) -> None:
