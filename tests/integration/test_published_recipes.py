@@ -55,7 +55,13 @@ def short(name: str, imagenet: Path) -> list[str]:
     return settings
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name == "imagenet-vit-b16-224" else name
+        for name in PUBLISHED
+    ],
+)
 def test_three_updates_and_an_evaluation(name: str, imagenet: Path, tmp_path: Path) -> None:
     settings = short(name, imagenet)
     if name == "imagenet-vit-b16-224":

@@ -66,7 +66,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leave_kb", [40, 100, 130, 200, 400])
+@pytest.mark.parametrize(
+    "leave_kb", [40, 400, *(pytest.param(kb, marks=pytest.mark.long) for kb in (100, 130, 200))]
+)
 def test_a_disk_that_fills_while_training_leaves_a_run_that_is_resumed(
     disk: Path, settings: list[str], calm: Path, leave_kb: int
 ) -> None:
@@ -98,7 +100,9 @@ def test_a_disk_that_is_full_from_the_start_is_said_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leave_kb", [0, 4, 12, 40])
+@pytest.mark.parametrize(
+    "leave_kb", [0, 40, *(pytest.param(kb, marks=pytest.mark.long) for kb in (4, 12))]
+)
 def test_a_disk_that_fills_before_the_package_leaves_a_run_that_is_resumed(
     disk: Path,
     settings: list[str],

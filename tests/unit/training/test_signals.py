@@ -160,7 +160,15 @@ def newest(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        pytest.param(signal.SIGUSR2, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_preempted_run_ends_with_75_and_resumes_to_the_same_weights(
     tmp_path: Path, settings: list[str], calm: Path, number: signal.Signals
 ) -> None:
