@@ -178,7 +178,11 @@ def test_a_library_that_is_missing_stops_only_its_own_variant(
     monkeypatch.setattr(
         "fieldmark.evaluation.parity.can_open", lambda kind: kind != "onnx", raising=True
     )
-    assert fieldmark.verify(folder).facts["variants"] == {}
+    found = fieldmark.verify(folder)
+    assert found.facts["variants"] == {}
+    assert not found.passed  # nothing was verified
+    asked = fieldmark.verify(folder, variants=["onnx"])  # named, so it is opened, or an error
+    assert asked.passed
 
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])

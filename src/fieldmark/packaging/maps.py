@@ -39,8 +39,8 @@ class MapModel:
     def maps(self, features: Floats, classes: Sequence[int]) -> Floats:
         """Return the maps (B, len(classes), h, w) of some classes, by the index of their logit.
 
-        A map's mean over h and w is the logit, so that parts above and below say what spoke for
-        the class and what against it.
+        A map's mean over h and w is the logit (of int8 up to its rounding), so that parts above
+        and below say what spoke for the class and what against it.
         """
         chosen = list(classes)
         return class_maps(features, self.weight[chosen], self.bias[chosen])
