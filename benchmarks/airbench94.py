@@ -1,8 +1,8 @@
 """The training loop of airbench94 with Muon, written out in plain torch: the race's rival.
 
 Settings are the published ones (Jordan 2024, arXiv:2404.00498, and Jordan et al. 2024 on Muon):
-updates of 2,000 images of 32 px, float32 in channels_last, whole updates at once, as that program
-runs where it finds no GPU. Images lie in memory, normalised, and are shifted and mirrored as
+updates of 2,000 images of 32 px in channels_last, whole updates at once; in float32, or with the
+network in bfloat16 by torch's autocast. Images lie in memory, normalised, and are shifted and mirrored as
 tensors, so that data cost next to nothing. The network is the airnet, with the initialisation that
 the recipe gives it.
 """
@@ -26,12 +26,15 @@ RATE, HEAD_RATE = 0.053, 0.67
 DECAY = 2e-6 * BATCH_SIZE
 
 
-def updates(images: np.ndarray, labels: np.ndarray) -> Iterator[int]:
+def updates(
+    images: np.ndarray, labels: np.ndarray, dtype: torch.dtype = torch.float32
+) -> Iterator[int]:
     """Yield after each of the updates the number of images that it took.
 
     Args:
         images: uint8 (N, 32, 32, 3).
         labels: int64 (N,).
+        dtype: in which the network computes; bfloat16 by autocast.
     """
     pixels = (torch.from_numpy(images) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     pixels = pixels.permute(0, 3, 1, 2)
@@ -51,8 +54,11 @@ def updates(images: np.ndarray, labels: np.ndarray) -> Iterator[int]:
             mirrored = ~mirrored
         chosen = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
         inputs = _shift_and_mirror(padded[chosen], mirrored[chosen])
-        logits = network(inputs.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, targets[chosen], label_smoothing=0.2, reduction="sum")
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = network(inputs.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(
+            logits.float(), targets[chosen], label_smoothing=0.2, reduction="sum"
+        )
         loss.backward()
         factor = 1 - step / UPDATES
         for group in sgd.param_groups:

@@ -9,9 +9,13 @@ Arms: `ours` is the recipe cifar10-fast94 to its end and `plain` the settings of
 Muon (Jordan 2024) in the same trainer: 8 epochs at 32 px in updates of 2,000. `ours-12` and
 `plain-12` are both fitted to 12 minutes by train.max_minutes.
 
-Two arms are timed and not run to their end; each in a process of its own, where glibc treats memory
-as it does by default. `rival`: airbench94's settings in plain torch (airbench94.py), timed over 10
-of their 200 updates. `tutorial`: the loop that tutorials teach (ResNet-18, batch 128, PIL and a
+The recipe computes in bfloat16 where the processor has instructions for it, and in float32
+elsewhere: rows say which, and rows of different machines are not one spread.
+
+Three arms are timed and not run to their end; each in a process of its own, where glibc treats
+memory as it does by default. `rival`: airbench94's settings in plain torch (airbench94.py) and
+float32, timed over 10 of their 200 updates; `rival-bfloat16`: the same under torch's autocast.
+`tutorial`: the loop that tutorials teach (ResNet-18, batch 128, PIL and a
 DataLoader) timed over 200 updates; how long its 200 epochs would take here is extrapolated, and its
 94.5 % is the tutorial's figure for the original images.
 
@@ -61,6 +65,7 @@ ARMS: dict[str, list[str]] = {
 # Arms that are timed: updates before the clock, under it, and to the end; images of an update.
 TIMED = {
     "rival": (2, 10, airbench94.UPDATES, airbench94.BATCH_SIZE),
+    "rival-bfloat16": (2, 10, airbench94.UPDATES, airbench94.BATCH_SIZE),
     "tutorial": (1, 200, 200 * (50_000 // train_step.BATCH_SIZE), train_step.BATCH_SIZE),
 }
 
@@ -134,6 +139,7 @@ def train(data: str, seed: int, settings: list[str], out: Path | None) -> Row:
         "images": facts["cost"]["images"],
         "pflop": facts["cost"]["pflop"],
         "images_per_s": round(facts["images_per_s"], 1),
+        "precision": facts["precision"],
     }
 
 
@@ -149,9 +155,10 @@ def time_updates(arm: str, data: str) -> Row:
     """Return the speed of a loop, and how long all its updates would take at that speed."""
     warm_up, timed, total, batch_size = TIMED[arm]
     updates: Iterator[object]
-    if arm == "rival":
+    if arm.startswith("rival"):
         torch.set_num_threads(num_cores())
-        updates = airbench94.updates(*train_step.load(data, limit=50_000))
+        dtype = torch.bfloat16 if arm == "rival-bfloat16" else torch.float32
+        updates = airbench94.updates(*train_step.load(data, limit=50_000), dtype=dtype)
     else:
         updates = train_step.textbook(*train_step.load(data))
     for _ in range(warm_up):

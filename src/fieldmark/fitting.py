@@ -57,6 +57,7 @@ def fit(run: RunFolder, resume: bool) -> dict[str, Any]:
     effort = {
         "images_per_s": trained.images_per_s,
         "train_s": trained.train_s,
+        "precision": ready.session.train.precision,
         "peak_memory_bytes": trained.peak_memory_bytes,
         "rollbacks": trained.rollbacks,
         "cost": ready.cost(trained.step),

@@ -172,7 +172,8 @@ class TrainConfig(Section):
     min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
     batch_size: PositiveInt | Literal["auto"] = 32  # examples per update
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    # auto: bfloat16 where the processor multiplies it faster, else float32
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     channels_last: bool = True
     compile: bool = False
     sync_batch_norm: bool = False  # statistics of a batch over all devices; CUDA only

@@ -57,7 +57,8 @@ def cifar10_fast94() -> RunConfig:
 
     airbench94's network and augmentation. Updates are four times smaller than there, with a lower
     rate of the filters; the first half is seen at 24 px (docs/experiments.md). Parts of 250 images
-    ask for norm statistics that remember more parts: about 5,000 images, as many as there.
+    ask for norm statistics that remember more parts: about 5,000 images, as many as there. It
+    computes in bfloat16 where the processor has instructions for it.
 
     Run:    fieldmark train cifar10-fast94 --out runs/fast94
     Cost:   0.323 PFLOP, 600,000 images.
@@ -86,7 +87,7 @@ def cifar10_fast94() -> RunConfig:
         loss=LossConfig(label_smoothing=0.2, reduction="sum"),
         optim=muon(batch_size=500, filter_lr=0.15),
         schedule=ScheduleConfig(name="linear"),
-        train=TrainConfig(epochs=12, batch_size=500, accumulation_steps=2),
+        train=TrainConfig(epochs=12, batch_size=500, accumulation_steps=2, precision="auto"),
         eval=EvalConfig(views="six"),
     )
 

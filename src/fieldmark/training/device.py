@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +34,41 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def settle_precision(
+    train: TrainConfig,
+    device: torch.device,
+    decide_once: Callable[[str, Callable[[], tuple[str, str]]], str],
+) -> TrainConfig:
+    """Return the section with a precision for `auto`: found when a run begins, then replayed.
+
+    Args:
+        decide_once: kind, what finds (value, why) -> the value decided the first time.
+    """
+    if train.precision != "auto":
+        return train
+
+    def find() -> tuple[str, str]:
+        if multiplies_bfloat16(device):
+            return "bfloat16", f"this {device.type} multiplies it faster than float32"
+        return "float32", f"this {device.type} has no instructions for bfloat16"
+
+    precision = decide_once("precision", find)
+    say(f"train.precision=auto: {precision}")
+    return train.model_copy(update={"precision": precision})
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has instructions for products of bfloat16.
+
+    Of processors those of x86 are known: AVX512_BF16 and AMX, which oneDNN's convolutions use.
+    Elsewhere torch computes in bfloat16 by way of float32, which is slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def prepare(config: TrainConfig, device: torch.device) -> int:
     """Set threads and deterministic kernels, check the precision; return the thread count.
 
@@ -59,7 +95,7 @@ def prepare(config: TrainConfig, device: torch.device) -> int:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a forward pass runs."""
+    """Return the context in which a forward pass runs; the precision is settled before."""
     if config.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _DTYPES[config.precision])

@@ -22,7 +22,7 @@ from fieldmark.runtime.log import say, warn
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
 from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
 from fieldmark.training.cost import training_flops
-from fieldmark.training.device import autocast, pick_device, prepare
+from fieldmark.training.device import autocast, pick_device, prepare, settle_precision
 from fieldmark.training.features import frozen_digest, linear_head
 from fieldmark.training.hardest import PROXY_SHARE, proxy_network
 from fieldmark.training.losses import make_loss
@@ -96,8 +96,10 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     Args:
         make_validation: from the validation split to what measures a network on it.
     """
+    device = pick_device(config.train.device)
+    settled = settle_precision(config.train, device, run.decide_once)
+    config = config.model_copy(update={"train": settled})
     data, train = config.data, config.train
-    device = pick_device(train.device)
     threads = prepare(train, device)
     environment = describe_environment(device, threads, run.ranks.world)
     for difference in run.check_environment(environment):

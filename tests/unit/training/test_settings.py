@@ -11,7 +11,9 @@ import torch
 import fieldmark
 from fieldmark.errors import ConfigError, DataError, ModelError
 from fieldmark.packaging.manifest import open_package
+from fieldmark.training import device
 from fieldmark.training.checkpoint import load_newest
+from fieldmark.training.run_folder import RunFolder
 
 
 def losses(run: Path) -> list[float]:
@@ -159,3 +161,30 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_settings: list[str]
     assert plain.path is not None
     assert compiled.path is not None
     assert losses(compiled.path) == pytest.approx(losses(plain.path), rel=1e-2)
+
+
+@pytest.mark.parametrize(("is_fast", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_goes_by_the_processor_once(
+    tmp_path: Path,
+    tiny_settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_fast: bool,
+    precision: str,
+) -> None:
+    def finds(fast: bool) -> None:
+        monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: fast)
+
+    finds(is_fast)
+    settings = short(tiny_settings, "train.threads=1")
+    auto = fieldmark.train("digits", [*settings, "train.precision=auto"], out=tmp_path / "auto")
+    named = fieldmark.train(
+        "digits", [*settings, f"train.precision={precision}"], out=tmp_path / "named"
+    )
+    assert auto.facts["precision"] == precision
+    assert losses(tmp_path / "auto") == losses(tmp_path / "named")
+    assert named.facts["precision"] == precision
+
+    finds(not is_fast)  # a run that is resumed elsewhere keeps what it began with
+    with RunFolder.open(tmp_path / "auto") as run:
+        settled = device.settle_precision(run.config().train, torch.device("cpu"), run.decide_once)
+    assert settled.precision == precision
