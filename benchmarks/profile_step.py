@@ -4,7 +4,8 @@
 
 Updates of the recipe cifar10-fast94 at the image sizes it uses, and at 32 px in updates of 2,000 as
 airbench94 makes them, under torch's profiler; shares are of the processor time in operations, and
-images per second are measured without the profiler. Writes benchmarks/results/profile_step.json.
+images per second are measured without the profiler. Each case in float32, and in bfloat16 where the
+processor has instructions for it. Writes benchmarks/results/profile_step.json.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from typing import Any
 
 import race
 import results_file
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fieldmark.cookbook import load_recipe
+from fieldmark.training.device import multiplies_bfloat16
 from fieldmark.training.loop import train_steps
 from fieldmark.training.run_folder import RunFolder
 from fieldmark.training.session import Session
@@ -49,7 +52,16 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="CIFAR-10 as a data source")
     parser.add_argument("--images", type=int, default=10_000, help="timed images of each case")
     options = parser.parse_args()
-    found = {name: measure(options.data, told, options.images) for name, told in CASES.items()}
+    precisions = ["float32"]
+    if multiplies_bfloat16(torch.device("cpu")):
+        precisions.append("bfloat16")
+    found = {
+        f"{name}, {precision}": measure(
+            options.data, [*told, f"train.precision={precision}"], options.images
+        )
+        for name, told in CASES.items()
+        for precision in precisions
+    }
     results_file.write(
         "profile_step",
         f"benchmarks/profile_step.py --images {options.images}",

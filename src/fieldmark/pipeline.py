@@ -351,6 +351,11 @@ def serve(
     port: int = 8000,
     variant: str = "auto",
     threads: int = 0,
+    timeout_s: float = 10.0,
+    max_batch_size: int = 8,
+    max_wait_ms: float = 0.0,
+    max_inside: int = 256,
+    max_images: int = 32,
     max_body_bytes: int = 10_000_000,
     max_pixels: int = 50_000_000,
     announce: Callable[[dict[str, Any]], None] | None = None,
@@ -360,10 +365,17 @@ def serve(
     Args:
         variant: auto takes what `bench` found to be the fastest here, else onnx.
         threads: 0: as `bench` found, else all cores.
+        timeout_s: for an answer, of a request that names no time of its own.
+        max_batch_size: images that go through the model together.
+        max_wait_ms: how long a batch waits to fill, from its first image on.
+        max_inside: images waiting or in work; more are refused.
+        max_images: of one request.
+        max_body_bytes: of one image.
         announce: called with {"url", "model"} once the service is ready.
     """
     from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.server import serve as serve_package
+    from fieldmark.serving.service import MAX_TIMEOUT_S, Limits
 
     serve_package(
         package_folder(model),
@@ -371,8 +383,16 @@ def serve(
         port=port,
         variant=variant,
         threads=threads,
-        max_body_bytes=max_body_bytes,
-        max_pixels=max_pixels,
+        limits=Limits(
+            max_body_bytes=max_body_bytes,
+            max_pixels=max_pixels,
+            max_images=max_images,
+            max_inside=max_inside,
+            timeout_s=timeout_s,
+            max_timeout_s=max(timeout_s, MAX_TIMEOUT_S),
+            max_batch_size=max_batch_size,
+            max_wait_s=max_wait_ms / 1000,
+        ),
         announce=announce,
     )
 

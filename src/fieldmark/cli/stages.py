@@ -268,13 +268,23 @@ def serve(
         str, typer.Option(help="auto: what `fieldmark bench` found best here, else onnx.")
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="0: as bench found, else all cores.")] = 0,
-    max_body_bytes: Annotated[int, typer.Option(min=1)] = 10_000_000,
-    max_pixels: Annotated[int, typer.Option(min=1)] = 50_000_000,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="For an answer, where a request names no time.")
+    ] = 10.0,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Images in the model at once.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="For a batch to fill.")] = 0.0,
+    max_inside: Annotated[
+        int, typer.Option(min=1, help="Images waiting or in work; more are refused.")
+    ] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Of one request.")] = 32,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one image.")] = 10_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of one image.")] = 50_000_000,
     as_json: Json = False,
 ) -> None:
     """Serve a package over HTTP.
 
-    POST an image to /v1/classify.
+    POST an image, a form with several or base64 in JSON to /v1/classify. What
+    cannot be answered in time is refused at once, with the time to wait.
 
     Example: fieldmark serve runs/smoke --port 8000
     """
@@ -284,6 +294,11 @@ def serve(
         port=port,
         variant=variant,
         threads=threads,
+        timeout_s=timeout_s,
+        max_batch_size=max_batch_size,
+        max_wait_ms=max_wait_ms,
+        max_inside=max_inside,
+        max_images=max_images,
         max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,
         announce=show.print_json if as_json else None,

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
 from fieldmark.measure import Predict, softmax
@@ -27,7 +28,7 @@ class Prediction:
     description: str = ""  # empty: the package has none
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Predictor:
     """Everything that an answer needs. Safe to share between threads if `predict` is."""
 
@@ -38,6 +39,11 @@ class Predictor:
     model_id: str
     workers: int = 1  # calls of `predict` that may run at once
     temperature: float = 1.0  # divides the logits before softmax; rankings do not change
+
+    @cached_property
+    def preprocessing(self) -> str:
+        """The SHA-256 of the preprocessing's specification."""
+        return self.preprocess.digest()
 
     @property
     def num_classes(self) -> int:
@@ -66,6 +72,10 @@ class Predictor:
         Raises:
             ModelError: the model gives NaN, infinity, or another number of outputs.
         """
+        return self.rank(self.logits(pixels), top_k)
+
+    def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """Return the logits, float32 (B, num_classes), all finite; errors as `classify_pixels`."""
         logits = self.predict(pixels)
         expected = (len(pixels), self.num_classes)
         if logits.shape != expected:
@@ -78,6 +88,12 @@ class Predictor:
                 "the model's output must be finite. Got NaN or infinity. "
                 "Run: fieldmark verify PACKAGE."
             )
+        return logits
+
+    def rank(
+        self, logits: npt.NDArray[np.float32], top_k: int | None = None
+    ) -> list[list[Prediction]]:
+        """Return for each row of logits (B, num_classes) its classes, as `classify_pixels` does."""
         probabilities = softmax(logits, self.temperature)
         # By logit: two probabilities may both be rounded to 0 where the logits still differ.
         order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]

@@ -24,11 +24,38 @@ class BadQuery(RequestError):
     http_status = 400
 
 
+class BadBody(RequestError):
+    """A form or JSON that cannot be read, or holds no image or too many."""
+
+    code = "bad_body"
+    http_status = 400
+
+
 class Busy(RequestError):
     """More requests are waiting than the service lets wait."""
 
     code = "busy"
     http_status = 429
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason = reason  # one of few words, for metrics
+        self.retry_after_s = retry_after_s
+
+
+class Late(RequestError):
+    """The deadline passed before there was an answer."""
+
+    code = "late"
+    http_status = 504
+
+    @classmethod
+    def before_the_model(cls, waited_s: float) -> "Late":
+        """Return the error of an image that was not computed."""
+        return cls(
+            f"the answer must come before its deadline. It waited {waited_s:.3g} s and was not "
+            "computed. Retry later, or allow more time."
+        )
 
 
 class NotReady(RequestError):
@@ -54,6 +81,38 @@ class ClassifyBody(BaseModel):
     predictions: list[PredictionBody] = Field(description="The likeliest first.")
 
 
+class NotAlive(RequestError):
+    """The model will not answer any more."""
+
+    code = "not_alive"
+    http_status = 503
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="For machines: it does not change.")
+    message: str = Field(description="For people: what must be, what was found, what to do.")
+
+
+class ItemBody(BaseModel):
+    """The answer for one of several images."""
+
+    index: int = Field(description="Its place in the request, from 0.")
+    name: str | None = Field(None, description="The file's name, if the request gave one.")
+    status: int = Field(description="As if it had come alone: 200, 413, 422, 500 or 504.")
+    predictions: list[PredictionBody] | None = None
+    error: ErrorDetail | None = None
+
+
+class BatchBody(BaseModel):
+    """The answer for several images: one item for each, in their order."""
+
+    model: str = Field(description="Id of the package: the SHA-256 of its manifest.")
+    preprocessing: str = Field(description="SHA-256 of the preprocessing's specification.")
+    results: list[ItemBody]
+
+
 class AliveBody(BaseModel):
     """The process answers."""
 
@@ -68,17 +127,20 @@ class ReadyBody(BaseModel):
     preprocessing: str
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    code: str = Field(description="For machines: it does not change.")
-    message: str = Field(description="For people: what must be, what was found, what to do.")
-
-
 class ErrorBody(BaseModel):
     """The shape of every error."""
 
     error: ErrorDetail
+
+
+INTERNAL = ErrorDetail(code="internal", message="the service failed. The cause is in its log.")
+
+
+def to_error(error: Exception) -> tuple[int, ErrorDetail]:
+    """Return the status of an error and what a client may know of it."""
+    if isinstance(error, ImageError | RequestError):
+        return error.http_status, ErrorDetail(code=error.code, message=str(error))
+    return 500, INTERNAL
 
 
 def to_body(prediction: Prediction) -> PredictionBody:
@@ -96,12 +158,15 @@ def shown(value: object) -> str:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every error of `app` an ErrorBody, without paths or tracebacks of this machine."""
+    """Make the errors that `app` knows an ErrorBody, without paths of this machine."""
 
     @app.exception_handler(ImageError)
     @app.exception_handler(RequestError)
     async def explain(_: Request, error: FieldmarkError) -> JSONResponse:
-        return _reply(error.http_status, error.code, str(error))
+        headers = None
+        if isinstance(error, Busy):
+            headers = {"Retry-After": str(error.retry_after_s)}
+        return _reply(error.http_status, error.code, str(error), headers)
 
     @app.exception_handler(RequestValidationError)
     async def bad_query(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -127,10 +192,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
         return _reply(400, "client_disconnected", "the body must arrive completely. It did not.")
 
-    # The server's log gets the traceback; the client must not.
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return _reply(500, "internal", "the service failed. The cause is in its log.")
+
+def unexpected_reply() -> JSONResponse:
+    """Return the answer to a request that failed for a reason which is not the client's to know."""
+    return _reply(500, INTERNAL.code, INTERNAL.message)
 
 
 def _reply(

@@ -15,11 +15,11 @@ from fastapi import FastAPI
 
 from fieldmark.errors import ConfigError
 from fieldmark.packaging.manifest import open_package
-from fieldmark.preprocess import MAX_PIXELS
 from fieldmark.runtime import log
-from fieldmark.serving.app import MAX_BODY_BYTES, create_app
+from fieldmark.serving.app import create_app
 from fieldmark.serving.predictor import Predictor, open_predictor
 from fieldmark.serving.preference import choose_served
+from fieldmark.serving.service import Limits
 
 END_WITHIN_S = 30  # requests still running then are cut off
 
@@ -32,8 +32,7 @@ def serve(
     variant: str = "auto",
     threads: int = 0,
     check: bool = True,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    max_pixels: int = MAX_PIXELS,
+    limits: Limits | None = None,
     announce: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Serve a package over HTTP until SIGTERM or SIGINT, then finish what runs and return.
@@ -45,6 +44,7 @@ def serve(
         variant: auto takes what this machine prefers (see `preference`), else onnx.
         threads: of the model; 0: those that the preferred variant was fastest with, or all cores.
         check: as in `open_predictor`.
+        limits: what the service takes; None: as by default.
         announce: called with {"url", "model"} once the service is ready.
 
     Raises:
@@ -53,7 +53,7 @@ def serve(
     """
     with listen(host, port) as listener:
         loaded: Future[Predictor] = Future()
-        app = create_app(loaded, max_body_bytes=max_body_bytes, max_pixels=max_pixels)
+        app = create_app(loaded, limits=limits)
         server = _server(app)
 
         def load() -> None:

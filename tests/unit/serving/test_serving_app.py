@@ -1,8 +1,10 @@
 """app.py: one image in, ranked classes out, and one shape for every error."""
 
 import asyncio
+import base64
 import dataclasses
 import json
+import math
 import random
 import struct
 import threading
@@ -18,15 +20,16 @@ from PIL import Image
 
 from fieldmark.errors import CheckFailed, ImageError
 from fieldmark.runtime.cpu import num_cores
-from fieldmark.serving.app import HTTP_FORMATS, Line, create_app
+from fieldmark.serving.app import create_app
 from fieldmark.serving.replies import Busy
+from fieldmark.serving.service import HTTP_FORMATS, Limits, Service
 
 URL = "/v1/classify"
 
 
 @pytest.fixture
 def client(make_predictor):
-    app = create_app(make_predictor(), max_body_bytes=100_000, max_pixels=250_000)
+    app = create_app(make_predictor(), limits=Limits(max_body_bytes=100_000, max_pixels=250_000))
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -112,7 +115,7 @@ def test_wrong_query(client, encode, query, part):
 
 
 def test_declared_size_is_refused_before_the_body_is_read(make_predictor):
-    app = create_app(make_predictor(), max_body_bytes=1000)
+    app = create_app(make_predictor(), limits=Limits(max_body_bytes=1000))
     was_read, sent = [], []
 
     async def receive():
@@ -151,7 +154,7 @@ def test_undeclared_size_is_counted_and_refused_at_the_first_byte_over(client, e
 
 
 def test_reading_stops_at_the_cap(make_predictor):
-    app = create_app(make_predictor(), max_body_bytes=1000)
+    app = create_app(make_predictor(), limits=Limits(max_body_bytes=1000))
     num_read = 0
 
     async def receive():
@@ -177,7 +180,7 @@ def test_reading_stops_at_the_cap(make_predictor):
 
 def test_body_of_exactly_the_cap_is_accepted(make_predictor, encode):
     encoded = encode("red")
-    app = create_app(make_predictor(), max_body_bytes=len(encoded))
+    app = create_app(make_predictor(), limits=Limits(max_body_bytes=len(encoded)))
     assert TestClient(app).post(URL, content=encoded).status_code == 200
 
 
@@ -287,6 +290,7 @@ def test_a_failure_inside_says_nothing_of_the_inside(make_predictor, encode, pla
 
     predictor = make_predictor(fail)
     if place == "decode":
+        fail.digest = predictor.preprocess.digest
         object.__setattr__(predictor, "preprocess", fail)
     client = TestClient(create_app(predictor), raise_server_exceptions=False)
     for _ in range(2):
@@ -409,7 +413,8 @@ def test_as_many_requests_are_in_the_model_as_it_has_workers(make_predictor, enc
 
     predictor = dataclasses.replace(make_predictor(pair), workers=2)
     watched = Watched(predictor)
-    replies, _ = together(create_app(predictor), [encode("red")] * 6)
+    app = create_app(predictor, limits=Limits(max_batch_size=1))
+    replies, _ = together(app, [encode("red")] * 6)
     assert [reply.status_code for reply in replies] == [200] * 6
     assert watched.most["predict"] == 2
 
@@ -434,40 +439,38 @@ def test_the_event_loop_answers_while_the_model_works(make_predictor, encode):
     assert asyncio.run(probe()) == (200, True, 200)
 
 
-def test_the_line_is_bounded_and_places_are_given_back(make_predictor, encode):
+def test_the_service_is_bounded_and_places_are_given_back(make_predictor, encode):
     release = threading.Event()
 
     def slow(pixels):
         assert release.wait(10)
         return np.zeros((len(pixels), 3), np.float32)
 
-    predictor = make_predictor(slow)
-    limits = {"top_k": 1, "max_bytes": 10_000, "max_pixels": 10_000}
-
     async def fill():
-        line = Line(num_decoders=1, max_inside=3)
-        inside = [
-            asyncio.create_task(line.classify(predictor, encode("red"), **limits)) for _ in range(3)
-        ]
+        service = Service(make_predictor(slow), Limits(max_inside=3))
+        red = encode("red")
+        inside = [asyncio.create_task(service.logits([red], math.inf)) for _ in range(3)]
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="at most 3"):
-            await line.classify(predictor, encode("red"), **limits)
+            await service.logits([red], math.inf)
         release.set()
         assert len(await asyncio.gather(*inside)) == 3
         for _ in range(5):  # an error gives its place back too
-            with pytest.raises(ImageError):
-                await line.classify(predictor, b"broken", **limits)
-        assert await line.classify(predictor, encode("red"), **limits)
+            assert isinstance((await service.logits([b"broken"], math.inf))[0], ImageError)
+        assert (await service.logits([red], math.inf))[0].shape == (3,)
+        assert service.num_inside == 0
 
     asyncio.run(fill())
 
 
-def test_too_many_at_once_are_refused_with_429(make_predictor, encode, monkeypatch):
-    monkeypatch.setattr(Line.__init__, "__defaults__", (2,))
-    replies, _ = together(create_app(make_predictor()), [encode("red")] * 6)
+def test_too_many_at_once_are_refused_with_429(make_predictor, encode):
+    app = create_app(make_predictor(), limits=Limits(max_inside=2))
+    replies, _ = together(app, [encode("red")] * 6)
     statuses = [reply.status_code for reply in replies]
     assert set(statuses) == {200, 429}
-    assert_error(replies[statuses.index(429)], 429, "busy", "Retry")
+    refused = replies[statuses.index(429)]
+    assert_error(refused, 429, "busy", "at most 2 images")
+    assert int(refused.headers["retry-after"]) >= 1
 
 
 # --- described ---
@@ -477,13 +480,224 @@ def test_openapi_describes_the_body_and_every_error(client):
     schema = client.get("/openapi.json").json()
     post = schema["paths"][URL]["post"]
     content = post["requestBody"]["content"]
-    assert set(content) == {"image/jpeg", "image/png", "image/webp"}
-    assert all(item["schema"]["format"] == "binary" for item in content.values())
-    assert set(post["responses"]) == {"200", "400", "413", "422", "429", "500", "503"}
+    assert set(content) == {
+        *("image/jpeg", "image/png", "image/webp"),
+        *("multipart/form-data", "application/json"),
+    }
+    raw = [item for name, item in content.items() if name.startswith("image/")]
+    assert all(item["schema"]["format"] == "binary" for item in raw)
+    assert set(post["responses"]) == {"200", "400", "413", "422", "429", "500", "503", "504"}
     for status, response in post["responses"].items():
-        name = "ClassifyBody" if status == "200" else "ErrorBody"
-        reference = response["content"]["application/json"]["schema"]["$ref"]
-        assert reference == f"#/components/schemas/{name}"
-    assert [item["name"] for item in post["parameters"]] == ["top_k"]
+        names = ("ClassifyBody", "BatchBody") if status == "200" else ("ErrorBody",)
+        answer = response["content"]["application/json"]["schema"]
+        found = [item["$ref"] for item in answer.get("anyOf", [answer])]
+        assert found == [f"#/components/schemas/{name}" for name in names]
+    assert {item["name"] for item in post["parameters"]} == {"top_k", "x-request-timeout-seconds"}
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     assert client.get("/docs").status_code == 200
+
+
+# --- several images, deadlines, identity ---
+
+
+def test_a_form_is_answered_image_by_image_in_order(client, encode):
+    files = [
+        ("images", ("a.png", encode("red"))),
+        ("images", ("b.gif", encode("red", "GIF"))),
+        ("anything", ("c.jpg", encode("blue", "JPEG"))),
+    ]
+    reply = client.post(URL, files=files, params={"top_k": 1})
+    assert reply.status_code == 200
+    results = reply.json()["results"]
+    assert [(item["index"], item["name"], item["status"]) for item in results] == [
+        (0, "a.png", 200),
+        (1, "b.gif", 422),
+        (2, "c.jpg", 200),
+    ]
+    assert [item["predictions"][0]["class_name"] for item in results if "predictions" in item] == [
+        "red",
+        "blue",
+    ]
+    alone = client.post(URL, content=encode("red"), params={"top_k": 1}).json()
+    assert results[0]["predictions"] == alone["predictions"]
+    assert results[1]["error"]["code"] == "bad_image"
+
+
+def test_base64_in_json(client, encode):
+    red = base64.b64encode(encode("red")).decode()
+    blue = "data:image/png;base64," + base64.b64encode(encode("blue")).decode()
+    results = client.post(URL, json={"images": [red, blue]}).json()["results"]
+    assert [item["predictions"][0]["class_name"] for item in results] == ["red", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"images": []}', "1 to 32"),
+        ('{"images": "abc"}', "1 to 32"),
+        ('{"image": ["aaaa"]}', "the one key images"),
+        ('{"images": [1]}', "images[0] must be a string"),
+        ('{"images": ["&&&&"]}', "images[0] must be base64"),
+        ('{"images": ["data:text/html;base64,aaaa"]}', "images[0] must be base64"),
+        ("[1, 2]", "the one key images"),
+        ("[" * 100_000, "must be JSON"),
+        ('{"images": [' + ",".join(['"aaaa"'] * 33) + "]}", "1 to 32"),
+    ],
+)
+def test_json_that_is_not_images(client, content, part):
+    headers = {"content-type": "application/json"}
+    assert_error(client.post(URL, content=content, headers=headers), 400, "bad_body", part)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"", "must end"),
+        (b"--b--\r\n", "no part"),
+        (b"--c\r\n\r\nabc\r\n--c--\r\n", "cannot be read"),
+        (b'--b\r\nContent-Disposition: form-data; name="f"\r\n\r\nabc', "must end"),
+        (b"--b\r\nno colon\r\n\r\nabc\r\n--b--\r\n", "cannot be read"),
+        (b"--b\r\n\r\nabc\r\n" * 33 + b"--b--\r\n", "at most 32 images"),
+    ],
+)
+def test_forms_that_cannot_be_read(client, body, part):
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert_error(client.post(URL, content=body, headers=headers), 400, "bad_body", part)
+
+
+def test_caps_hold_inside_forms_and_base64(make_predictor, encode):
+    limits = Limits(max_body_bytes=1000, max_pixels=1000, max_request_bytes=5000)
+    client = TestClient(create_app(make_predictor(), limits=limits))
+    noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    large, wide = encode(Image.fromarray(noise)), encode(Image.new("L", (40, 40)))
+    form = client.post(
+        URL, files=[("a", large), ("b", wide), ("c", encode(Image.new("L", (9, 9))))]
+    )
+    assert [item["status"] for item in form.json()["results"]] == [413, 413, 200]
+    text = [base64.b64encode(image).decode() for image in (large, wide)]
+    results = client.post(URL, json={"images": text}).json()["results"]
+    assert [item["error"]["code"] for item in results] == ["body_too_large", "image_too_large"]
+    assert_error(client.post(URL, json={"images": text * 3}), 413, "body_too_large", "5000")
+    assert_error(client.post(URL, files=[("a", bytes(6000))]), 413, "body_too_large", "5000")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "soon", "nan", "inf", ""])
+def test_a_deadline_must_be_seconds(client, encode, given):
+    reply = client.post(URL, content=encode("red"), headers={"x-request-timeout-seconds": given})
+    assert_error(reply, 400, "bad_query", "number of seconds above 0")
+
+
+def test_an_answer_that_comes_too_late_is_504(make_predictor, encode):
+    release = threading.Event()
+
+    def slow(pixels):
+        release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    client = TestClient(create_app(make_predictor(slow)), raise_server_exceptions=False)
+    headers = {"x-request-timeout-seconds": "0.1"}
+    try:
+        assert_error(client.post(URL, content=encode("red"), headers=headers), 504, "late")
+    finally:
+        release.set()
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [("abc-1.2:3_4", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("\t", False)],
+)
+def test_every_answer_says_whose_it_is(client, make_predictor, encode, given, is_kept):
+    for reply in (
+        client.post(URL, content=encode("red"), headers={"x-request-id": given}),
+        client.post(URL, content=b"broken", headers={"x-request-id": given}),
+        client.get("/nowhere", headers={"x-request-id": given}),
+    ):
+        assert (reply.headers["x-request-id"] == given) is is_kept
+        assert reply.headers["x-request-id"].isascii()
+        assert reply.headers["x-model-id"] == "f" * 64
+        assert reply.headers["x-preprocessing"] == make_predictor().preprocess.digest()
+
+
+def test_a_failure_inside_has_its_request_id(make_predictor, encode):
+    def fail(_):
+        raise RuntimeError("secret")
+
+    client = TestClient(create_app(make_predictor(fail)))
+    reply = client.post(URL, content=encode("red"), headers={"x-request-id": "one"})
+    assert_error(reply, 500, "internal")
+    assert reply.headers["x-request-id"] == "one"
+
+
+def test_a_client_that_goes_takes_its_image_along(make_predictor, encode):
+    release, seen = threading.Event(), []
+
+    def slow(pixels):
+        seen.append(len(pixels))
+        assert release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    app = create_app(make_predictor(slow), limits=Limits(max_batch_size=1))
+
+    async def go():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.create_task(client.post(URL, content=encode("red")))
+            await asyncio.sleep(0.05)
+            leaves = asyncio.create_task(leave(app, encode("red")))
+            last = asyncio.create_task(client.post(URL, content=encode("red")))
+            await asyncio.sleep(0.1)
+            release.set()
+            await leaves
+            return (await first).status_code, (await last).status_code
+
+    assert asyncio.run(go()) == (200, 200)
+    assert seen == [1, 1]
+
+
+async def leave(app, body):
+    """Send a request whole, and hang up while it waits."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": URL,
+        "raw_path": URL.encode(),
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
+    await app(scope, receive, send)
+
+
+def test_live_ends_when_the_model_hangs(make_predictor, encode):
+    release = threading.Event()
+
+    def hang(pixels):
+        assert release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    async def go():
+        transport = httpx.ASGITransport(
+            create_app(make_predictor(hang), limits=Limits(hung_after_s=0.05))
+        )
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            work = asyncio.create_task(client.post(URL, content=encode("red")))
+            await asyncio.sleep(0.2)
+            hung = await client.get("/livez")
+            release.set()
+            await work
+            return hung, await client.get("/livez")
+
+    hung, after = asyncio.run(go())
+    assert_error(hung, 503, "not_alive", "busy with one batch")
+    assert after.status_code == 200

@@ -1,0 +1,192 @@
+"""What a request carries: its body within bounds, the images in it, its deadline, its id."""
+
+import base64
+import binascii
+import json
+import math
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from fieldmark.errors import BodyTooLarge
+from fieldmark.serving.replies import BadBody, BadQuery, shown
+from fieldmark.serving.service import Limits
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The encoded images of a request, in order."""
+
+    encoded: list[bytes]
+    names: list[str | None]  # as the client calls them
+    is_list: bool  # several could have come, so each is answered with its own status
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """Return the caller's X-Request-Id if it is sane, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def deadline_of(request: Request, limits: Limits) -> float:
+    """Return when the answer is late, on the clock of time.monotonic().
+
+    Raises:
+        BadQuery: the header is no number of seconds above 0.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    seconds = limits.timeout_s
+    if given is not None:
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise BadQuery(
+                f"{TIMEOUT_HEADER} must be a number of seconds above 0. Got {shown(given)}."
+            )
+    return time.monotonic() + min(seconds, limits.max_timeout_s)
+
+
+async def read_images(request: Request, limits: Limits) -> Images:
+    """Return the images of a body: one as it is, several as multipart/form-data or as JSON.
+
+    Any other body is one image, whatever its type is called.
+
+    Raises:
+        BodyTooLarge: there are too many bytes.
+        BadBody: the form or the JSON cannot be read, or has no image or too many.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind == b"multipart/form-data":
+        body = await read_body(request, limits.max_request_bytes)
+        return _from_form(body, options.get(b"boundary", b""), limits)
+    if kind == b"application/json":
+        body = await read_body(request, limits.max_request_bytes)
+        if body.lstrip()[:1] in (b"{", b"["):
+            return _from_json(body, limits)
+        return Images([body], [None], is_list=False)
+    return Images([await read_body(request, limits.max_body_bytes)], [None], is_list=False)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the body, or raise BodyTooLarge: before reading if its declared size is too large."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise BodyTooLarge(
+            f"body must have at most {max_bytes} bytes. Got {int(declared)}. Resize and retry."
+        )
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise BodyTooLarge(
+                f"body must have at most {max_bytes} bytes. Got more. Resize and retry."
+            )
+    return bytes(body)
+
+
+class _Form:
+    """The files of a form, collected as its parser finds them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.files: list[tuple[str | None, bytearray]] = []
+        self.has_ended = False
+        self._limits = limits
+        self._field = b""
+        self._headers: dict[bytes, bytes] = {}
+
+    def callbacks(self) -> dict[str, Any]:
+        """Return what the parser calls."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._add_field(data[start:end]),
+            "on_header_value": lambda data, start, end: self._add_value(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_part_data": lambda data, start, end: self._add(data[start:end]),
+            "on_headers_finished": self._name_file,
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        if len(self.files) >= self._limits.max_images:
+            raise BadBody(
+                f"a request must have at most {self._limits.max_images} images. Got more. "
+                "Send several requests."
+            )
+        self.files.append((None, bytearray()))
+        self._headers, self._field = {}, b""
+
+    def _add_field(self, data: bytes) -> None:
+        self._field += data.lower()
+
+    def _add_value(self, data: bytes) -> None:
+        self._headers[self._field] = self._headers.get(self._field, b"") + data
+
+    def _end_header(self) -> None:
+        self._field = b""
+
+    def _name_file(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = options.get(b"filename") or options.get(b"name")
+        text = None if name is None else name.decode("utf-8", "replace")[:255]
+        self.files[-1] = (text, self.files[-1][1])
+
+    def _add(self, data: bytes) -> None:
+        self.files[-1][1].extend(data)
+
+    def _end(self) -> None:
+        self.has_ended = True
+
+
+def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:
+    form = _Form(limits)
+    try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError:
+        raise BadBody("the form must be what its content type says. It cannot be read.") from None
+    if not form.has_ended:
+        raise BadBody("the form must end with its boundary. It does not. Send it again.")
+    if not form.files:
+        raise BadBody("the form must have an image in each part. It has no part.")
+    return Images(
+        [bytes(data) for _, data in form.files], [name for name, _ in form.files], is_list=True
+    )
+
+
+def _from_json(body: bytes, limits: Limits) -> Images:
+    example = 'send {"images": ["BASE64", ...]}'
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadBody(f"the body must be JSON. It is not: {example}.") from None
+    if not isinstance(content, dict) or set(content) != {"images"}:
+        raise BadBody(f"the JSON must have the one key images. It has not: {example}.")
+    texts = content["images"]
+    if not isinstance(texts, list) or not 1 <= len(texts) <= limits.max_images:
+        raise BadBody(f"images must be a list of 1 to {limits.max_images}. It is not: {example}.")
+    encoded = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise BadBody(f"images[{index}] must be a string of base64. It is not: {example}.")
+        data = _DATA_URI.match(text)
+        try:
+            encoded.append(base64.b64decode(text[data.end() if data else 0 :], validate=True))
+        except (binascii.Error, ValueError):
+            raise BadBody(
+                f"images[{index}] must be base64, or a data URI of an image. Got {shown(text)}."
+            ) from None
+    return Images(encoded, [None] * len(encoded), is_list=True)

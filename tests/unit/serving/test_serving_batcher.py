@@ -1,0 +1,186 @@
+"""batcher.py and cost.py: what goes into a batch, whose failure it is, what waiting costs."""
+
+import asyncio
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fieldmark.errors import ModelError
+from fieldmark.serving.batcher import Batcher
+from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.replies import Busy, Late
+from fieldmark.serving.service import Limits, Service
+
+POISON = 255
+
+
+def image(value):
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+class Model:
+    """Logits are an image's first byte; it counts its batches and waits for `release`."""
+
+    def __init__(self):
+        self.sizes = []
+        self.release = threading.Event()
+        self.release.set()
+
+    def __call__(self, pixels):
+        self.sizes.append(len(pixels))
+        assert self.release.wait(10)
+        if (pixels == POISON).any():
+            raise RuntimeError("poison")
+        return pixels[:, 0, 0, :1].astype(np.float32)
+
+
+def send(batcher, values, deadline=math.inf):
+    return [asyncio.create_task(batcher.logits(image(value), deadline)) for value in values]
+
+
+def test_what_waits_goes_together_and_each_gets_its_own():
+    model, reports = Model(), []
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=4, report=reports.append)
+        return await asyncio.gather(*send(batcher, range(10))), batcher.num_inside
+
+    found, inside = asyncio.run(go())
+    assert [float(logits[0]) for logits in found] == list(range(10))
+    assert model.sizes == [4, 4, 2]
+    assert [report.num_images for report in reports] == [4, 4, 2]
+    assert inside == 0
+
+
+@pytest.mark.parametrize(("max_wait_s", "sizes"), [(0.5, [2]), (0.0, [1, 1])])
+def test_a_batch_waits_to_fill_from_its_first_image_on(max_wait_s, sizes):
+    model = Model()
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=2, max_wait_s=max_wait_s)
+        first = send(batcher, [1])
+        await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await asyncio.gather(*first, *send(batcher, [2]))
+        return time.monotonic() - started
+
+    assert asyncio.run(go()) < 0.4  # a full batch does not wait any longer
+    assert model.sizes == sizes
+
+
+def test_a_batch_that_does_not_fill_goes_after_the_wait():
+    model = Model()
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=8, max_wait_s=0.05)
+        await asyncio.wait_for(asyncio.gather(*send(batcher, [1, 2])), 5)
+
+    asyncio.run(go())
+    assert model.sizes == [2]
+
+
+def test_one_that_fails_is_no_other_s_failure():
+    model = Model()
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=4)
+        return await asyncio.gather(*send(batcher, [1, POISON, 3, 4]), return_exceptions=True)
+
+    found = asyncio.run(go())
+    assert isinstance(found[1], ModelError)
+    assert "poison" not in str(found[1])
+    assert [float(found[k][0]) for k in (0, 2, 3)] == [1, 3, 4]
+    assert model.sizes == [4, 1, 1, 1, 1]
+
+
+def test_what_is_late_or_gone_is_not_computed():
+    model = Model()
+    model.release.clear()
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=1)
+        [first] = send(batcher, [1])
+        await asyncio.sleep(0.02)
+        [late] = send(batcher, [2], time.monotonic() + 0.01)
+        gone, last = send(batcher, [3, 4])
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        assert batcher.num_waiting == 3
+        assert batcher.oldest_s() > 0.03
+        model.release.set()
+        assert float((await last)[0]) == 4
+        await first
+        with pytest.raises(Late):
+            await late
+
+    asyncio.run(go())
+    assert model.sizes == [1, 1]
+
+
+def test_a_crash_of_the_batcher_is_told():
+    def report(_):
+        raise RuntimeError("broken")
+
+    async def go():
+        batcher = Batcher(Model(), max_batch_size=1, report=report)
+        await asyncio.gather(*send(batcher, [1]))
+        await asyncio.sleep(0)
+        return batcher.problem(60)
+
+    assert "crashed" in asyncio.run(go())
+
+
+def test_the_cost_of_a_batch_is_learnt_as_a_line():
+    cost = BatchCost()
+    assert (cost.line(), cost.seconds(100, 8)) == ((0.0, 0.0), 0.0)
+    cost.add(4, 0.04)
+    assert cost.line() == pytest.approx((0.01, 0.0))  # one size alone says nothing of the rest
+    for num_images in (1, 2, 4, 8) * 20:
+        cost.add(num_images, 0.010 * num_images + 0.004)
+    assert cost.line() == pytest.approx((0.010, 0.004), rel=1e-2)
+    assert cost.seconds(20, 8) == pytest.approx(0.2 + 3 * 0.004, rel=1e-3)
+    for num_images in (1, 2, 4, 8) * 100:  # a machine that became twice as slow
+        cost.add(num_images, 0.020 * num_images + 0.008)
+    assert cost.line() == pytest.approx((0.020, 0.008), rel=1e-2)
+
+
+@pytest.mark.parametrize("batches", [[(1, 0.1), (8, 0.05)], [(1, 0.001), (8, 0.4)]])
+def test_a_cost_is_never_negative(batches):
+    cost = BatchCost()
+    for num_images, seconds in batches:
+        cost.add(num_images, seconds)
+    assert min(cost.line()) >= 0
+    assert cost.seconds(3, 8) > 0
+
+
+def test_what_would_be_late_is_refused_with_the_time_to_wait(make_predictor, encode):
+    model = Model()
+
+    def slow(pixels):
+        assert model.release.wait(10)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    async def go():
+        service = Service(make_predictor(slow), Limits(max_batch_size=1))
+        red = encode("red")
+        await service.logits([red], math.inf)
+        for _ in range(60):
+            service.batcher.cost.add(1, 1.0)  # so it is known to take a second
+        model.release.clear()
+        inside = asyncio.create_task(service.logits([red] * 4, math.inf))
+        await asyncio.sleep(0.05)
+        assert service.predicted_s(1) == pytest.approx(5, rel=0.1)
+        with pytest.raises(Busy, match="It would take about") as refused:
+            await service.logits([red], time.monotonic() + 2.5)
+        assert refused.value.reason == "deadline"
+        assert refused.value.retry_after_s == 3
+        waits = asyncio.create_task(service.logits([red], time.monotonic() + 60))
+        await asyncio.sleep(0.05)
+        model.release.set()
+        assert len(await inside) == 4
+        assert len(await waits) == 1
+
+    asyncio.run(go())
