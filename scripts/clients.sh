@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install what the tests of clients in other languages need into .clients, or return at once if it
+# Install what the tests of clients need, in other languages and of others, into .clients, or return at once if it
 # is there. Each client has a folder tests/clients/NAME with its pinned requirements, and a function
 # of its name below. A language that this machine lacks is left out, and its tests skip.
 set -eu
@@ -39,4 +39,12 @@ javascript() {
     fi
 }
 
+# An environment of its own: what a client brings must not be what the service needs.
+python() {
+    base=$PWD/.venv/bin/python
+    [ -x "$base" ] || base=python3
+    install python sh -c '"$1" -m venv . && bin/pip install --quiet --disable-pip-version-check -r requirements.txt' venv "$base"
+}
+
 javascript
+python

@@ -5,19 +5,19 @@ admitted, or refused with the time to wait -> each image is decoded and validate
 runs on what came together -> the answer. A client that goes takes its images out of the queue.
 """
 
-import asyncio
 from collections import Counter
 from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from starlette.datastructures import QueryParams
-from starlette.requests import ClientDisconnect
 
 from fieldmark.serving.batcher import Logits
 from fieldmark.serving.identity import Identified
 from fieldmark.serving.intake import TIMEOUT_HEADER, deadline_of, read_images
 from fieldmark.serving.predictor import Predictor
+from fieldmark.serving.presence import unless_gone
+from fieldmark.serving.protocol import make_router
 from fieldmark.serving.replies import (
     AliveBody,
     BadQuery,
@@ -25,7 +25,6 @@ from fieldmark.serving.replies import (
     ClassifyBody,
     ErrorBody,
     ItemBody,
-    NotAlive,
     ReadyBody,
     add_error_handlers,
     shown,
@@ -95,6 +94,7 @@ def create_app(
     )
     add_error_handlers(app)
     app.add_middleware(Identified, service=service)
+    app.include_router(make_router(service))
 
     @app.post(
         "/v1/classify",
@@ -117,7 +117,7 @@ def create_app(
             raise BadQuery(f"top_k must be from 1 to {ready.num_classes}. Got {count}.")
         deadline = deadline_of(request, service.limits)
         images = await read_images(request, service.limits)
-        found = await _unless_gone(request, service, images.encoded, deadline)
+        found = await unless_gone(request, service.logits(images.encoded, deadline))
         about = {"model": ready.model_id, "preprocessing": ready.preprocessing}
         if images.is_list:
             items = [
@@ -134,9 +134,7 @@ def create_app(
     @app.get("/livez", responses=_error_responses(503))
     async def livez() -> AliveBody:
         """Say that the process answers: if it does not, restart it."""
-        problem = service.problem()
-        if problem is not None:
-            raise NotAlive(f"{problem}. Restart the service.")
+        service.must_live()
         return AliveBody()
 
     @app.get("/readyz", responses=_error_responses(503))
@@ -146,27 +144,6 @@ def create_app(
         return ReadyBody(model=ready.model_id, preprocessing=ready.preprocessing)
 
     return app
-
-
-async def _unless_gone(
-    request: Request, service: Service, images: list[bytes], deadline: float
-) -> list[Logits | Exception]:
-    """Return the logits of a request, or raise ClientDisconnect and let its images go."""
-    work = asyncio.ensure_future(service.logits(images, deadline))
-    gone = asyncio.ensure_future(_has_gone(request))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        work.cancel()
-        gone.cancel()
-
-
-async def _has_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _item(

@@ -3,6 +3,7 @@
 import traceback
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fieldmark.runtime import log
@@ -53,4 +54,4 @@ class Identified:
             if has_begun:
                 raise
             log.warn(f"request {identity} failed:\n{traceback.format_exc()}")
-            await unexpected_reply()(scope, receive, send_marked)
+            await unexpected_reply(Request(scope))(scope, receive, send_marked)

@@ -39,6 +39,12 @@ class Predictor:
     model_id: str
     workers: int = 1  # calls of `predict` that may run at once
     temperature: float = 1.0  # divides the logits before softmax; rankings do not change
+    name: str = "model"
+
+    @property
+    def version(self) -> str:
+        """The beginning of the model's id: another model never has the same."""
+        return self.model_id[:12]
 
     @cached_property
     def preprocessing(self) -> str:
@@ -159,6 +165,7 @@ def open_predictor(
         model_id=package.id,
         workers=workers,
         temperature=package.temperature,
+        name=package.manifest.name,
     )
 
 
@@ -204,4 +211,5 @@ def open_variant(
         class_descriptions=package.class_descriptions,
         model_id=package.id,
         temperature=package.temperature,
+        name=package.manifest.name,
     )

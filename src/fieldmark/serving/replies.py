@@ -31,6 +31,13 @@ class BadBody(RequestError):
     http_status = 400
 
 
+class NoSuchModel(RequestError):
+    """A model that is not served here."""
+
+    code = "not_found"
+    http_status = 404
+
+
 class Busy(RequestError):
     """More requests are waiting than the service lets wait."""
 
@@ -162,44 +169,55 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ImageError)
     @app.exception_handler(RequestError)
-    async def explain(_: Request, error: FieldmarkError) -> JSONResponse:
+    async def explain(request: Request, error: FieldmarkError) -> JSONResponse:
         headers = None
         if isinstance(error, Busy):
             headers = {"Retry-After": str(error.retry_after_s)}
-        return _reply(error.http_status, error.code, str(error), headers)
+        return _reply(request, error.http_status, error.code, str(error), headers)
 
     @app.exception_handler(RequestValidationError)
-    async def bad_query(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         message = f"{first['loc'][-1]}: {first['msg']}. Got {shown(first.get('input'))}."
-        return _reply(BadQuery.http_status, BadQuery.code, message)
+        return _reply(request, BadQuery.http_status, BadQuery.code, message)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {})
         path = shown(request.url.path)
         if error.status_code == 404:
-            return _reply(404, "not_found", f"path {path} does not exist. See /docs.", headers)
+            return _reply(
+                request, 404, "not_found", f"path {path} does not exist. See /docs.", headers
+            )
         if error.status_code == 405:
             message = (
                 f"method for {path} must be {headers.get('Allow', 'another')}. "
                 f"Got {shown(request.method)}."
             )
-            return _reply(405, "method_not_allowed", message, headers)
-        return _reply(error.status_code, "http_error", str(error.detail), headers)
+            return _reply(request, 405, "method_not_allowed", message, headers)
+        return _reply(request, error.status_code, "http_error", str(error.detail), headers)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return _reply(400, "client_disconnected", "the body must arrive completely. It did not.")
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _reply(
+            request, 400, "client_disconnected", "the body must arrive completely. It did not."
+        )
 
 
-def unexpected_reply() -> JSONResponse:
+def unexpected_reply(request: Request) -> JSONResponse:
     """Return the answer to a request that failed for a reason which is not the client's to know."""
-    return _reply(500, INTERNAL.code, INTERNAL.message)
+    return _reply(request, 500, INTERNAL.code, INTERNAL.message)
 
 
 def _reply(
-    status: int, code: str, message: str, headers: dict[str, str] | None = None
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    headers: dict[str, str] | None = None,
 ) -> JSONResponse:
+    """Return an error in the shape of its protocol: that of V2 is one text."""
+    if f"{request.url.path}/".startswith("/v2/"):
+        return JSONResponse({"error": message}, status, headers)
     body = ErrorBody(error=ErrorDetail(code=code, message=message))
     return JSONResponse(body.model_dump(), status, headers)

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from fieldmark.preprocess import MAX_PIXELS, Pixels
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.batcher import Batcher, BatchReport, Logits
 from fieldmark.serving.predictor import Predictor
-from fieldmark.serving.replies import Busy, Late, NotReady
+from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady
 
 MAX_TIMEOUT_S = 60.0  # that a client can ask for
 HTTP_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -93,9 +93,12 @@ class Service:
         if self._batcher is not None:
             self._batcher.close()
 
-    def problem(self) -> str | None:
-        """Return why nothing will be answered any more, or None."""
-        return None if self._batcher is None else self._batcher.problem(self.limits.hung_after_s)
+    def must_live(self) -> None:
+        """Raise NotAlive where nothing will be answered any more."""
+        if self._batcher is not None:
+            problem = self._batcher.problem(self.limits.hung_after_s)
+            if problem is not None:
+                raise NotAlive(f"{problem}. Restart the service.")
 
     def predicted_s(self, num_images: int) -> float:
         """Return how long so many images on top of those inside would take; 0: not yet known.
@@ -107,18 +110,20 @@ class Service:
         model_s = batcher.cost.seconds(inside, batcher.max_batch_size) / batcher.workers
         return max(model_s, self._decode_s * inside / num_cores())
 
-    async def logits(self, images: list[bytes], deadline: float) -> list[Logits | Exception]:
-        """Return for each encoded image its logits, or an ImageError, Late or ModelError.
+    async def logits(
+        self, images: Sequence[bytes | Pixels], deadline: float
+    ) -> list[Logits | Exception]:
+        """Return for each image its logits, or an ImageError, Late or ModelError.
 
         Args:
-            images: encoded.
+            images: encoded, or uint8 (H, W, 3) as the preprocessing makes them.
             deadline: on the clock of time.monotonic(); what is late then is given up.
 
         Raises:
             Busy: there is no room, or the deadline would be missed.
             NotReady: there is no model yet.
         """
-        num_bytes = sum(map(len, images))
+        num_bytes = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in images)
         self._admit(len(images), num_bytes, deadline)
         try:
             tasks = [asyncio.create_task(self._one(image, deadline)) for image in images]
@@ -164,9 +169,11 @@ class Service:
         """Return whole seconds, as the header wants them, until there should be room."""
         return max(1, math.ceil(seconds))
 
-    async def _one(self, encoded: bytes, deadline: float) -> Logits:
+    async def _one(self, image: bytes | Pixels, deadline: float) -> Logits:
+        if not isinstance(image, bytes):
+            return await self.batcher.logits(image, deadline)
         pixels = await asyncio.get_running_loop().run_in_executor(
-            self._decoders, partial(self._decode, encoded, deadline)
+            self._decoders, partial(self._decode, image, deadline)
         )
         return await self.batcher.logits(pixels, deadline)
 

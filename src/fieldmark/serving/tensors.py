@@ -1,0 +1,267 @@
+"""Tensors of the Open Inference Protocol, V2, as they lie in a body: JSON, binary or both."""
+
+import base64
+import binascii
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fieldmark.errors import BodyTooLarge
+from fieldmark.serving.replies import BadBody, shown
+
+LENGTH_HEADER = "inference-header-content-length"
+_KINDS = {"dict": "an object", "list": "a list", "str": "a string"}
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}  # of zlib
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An output that a request asks for."""
+
+    name: str
+    classification: int = 0  # 0: the tensor; else the best so many classes as text
+    is_binary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """A request to infer, parsed and not yet compared with the model."""
+
+    inputs: dict[str, npt.NDArray[np.uint8] | list[bytes]]
+    outputs: list[Asked] | None  # None: none were named, so all
+    id: str | None = None
+    is_binary: bool = False  # of outputs that do not say
+    timeout_us: int | None = None
+
+
+def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Return a body as it was before Content-Encoding: gzip, deflate (zlib) or identity.
+
+    Raises:
+        BodyTooLarge: it has more than `max_bytes` then; no more than that is ever held.
+        BadBody: it is not compressed so, or in another way.
+    """
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOW_BITS:
+        raise BadBody(f"Content-Encoding must be gzip or deflate. Got {shown(encoding)}.")
+    engine = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        found = engine.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise BadBody(f"the body must be {encoding}, as its header says. It is not.") from None
+    if len(found) > max_bytes:
+        raise BodyTooLarge(f"body must have at most {max_bytes} bytes. Got more when inflated.")
+    if not engine.eof or engine.unused_data:
+        raise BadBody(f"the body must be one whole {encoding} stream. It is not.")
+    return found
+
+
+def parse_inference(body: bytes, length: str | None) -> Inference:
+    """Return the request in a body.
+
+    Args:
+        length: the header Inference-Header-Content-Length, bytes of the JSON before the binary
+            tensors. None: all is JSON. "0": the body is one encoded image, and the outputs are
+            binary.
+
+    Raises:
+        BadBody: it does not follow the protocol.
+    """
+    if length is not None and not (length.isdecimal() and int(length) <= len(body)):
+        raise BadBody(
+            f"{LENGTH_HEADER} must be a number of bytes of the body, which has {len(body)}. "
+            f"Got {shown(length)}."
+        )
+    if length is not None and int(length) == 0:
+        return Inference({"encoded": [body]}, None, is_binary=True)
+    end = len(body) if length is None else int(length)
+    try:
+        content = json.loads(body[:end])
+    except (ValueError, RecursionError):
+        raise BadBody("the body must begin with JSON. It does not.") from None
+    told = _typed(content, dict, "the JSON")
+    parameters = _typed(told.get("parameters", {}), dict, "parameters")
+    cursor = _Cursor(body[end:])
+    inputs = {}
+    for tensor in _typed(told.get("inputs"), list, "inputs"):
+        name = _typed(_typed(tensor, dict, "an input").get("name"), str, "name of an input")
+        if name in inputs:
+            raise BadBody(f"inputs must have different names. Got {shown(name)} twice.")
+        inputs[name] = _input(name, tensor, cursor)
+    if cursor.num_left:
+        raise BadBody(f"the body must end with its tensors. {cursor.num_left} bytes are left.")
+    is_binary = bool(parameters.get("binary_data_output", False))
+    outputs = None
+    if told.get("outputs"):
+        outputs = [_asked(item, is_binary) for item in _typed(told["outputs"], list, "outputs")]
+    identity = told.get("id")
+    timeout = parameters.get("timeout")
+    return Inference(
+        inputs,
+        outputs,
+        id=None if identity is None else _typed(identity, str, "id"),
+        is_binary=is_binary,
+        timeout_us=None if not timeout else _count(timeout, "timeout"),
+    )
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """The binary tensors of a body, in order."""
+
+    data: bytes
+    place: int = field(default=0)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.data) - self.place
+
+    def take(self, num_bytes: int, name: str) -> bytes:
+        if num_bytes > self.num_left:
+            raise BadBody(
+                f"binary_data_size of {shown(name)} must be within the body. Got {num_bytes} with "
+                f"{self.num_left} bytes left."
+            )
+        self.place += num_bytes
+        return self.data[self.place - num_bytes : self.place]
+
+
+def _input(
+    name: str, tensor: Mapping[str, Any], cursor: _Cursor
+) -> npt.NDArray[np.uint8] | list[bytes]:
+    kind = _typed(tensor.get("datatype"), str, f"datatype of {name}")
+    shape = _typed(tensor.get("shape"), list, f"shape of {name}")
+    sides = [_count(side, f"shape of {name}") for side in shape]
+    size = _typed(tensor.get("parameters", {}), dict, f"parameters of {name}").get(
+        "binary_data_size"
+    )
+    raw = None if size is None else cursor.take(_count(size, "binary_data_size"), name)
+    if (raw is None) == ("data" not in tensor):
+        raise BadBody(f"input {shown(name)} must have either data or binary_data_size.")
+    if kind == "BYTES":
+        elements = _texts(name, tensor["data"]) if raw is None else _elements(name, raw)
+        if len(elements) != prod(sides):
+            raise BadBody(
+                f"input {shown(name)} must have {prod(sides)} elements for its shape. "
+                f"Got {len(elements)}."
+            )
+        return elements
+    if kind != "UINT8":
+        raise BadBody(f"datatype of {shown(name)} must be UINT8 or BYTES. Got {shown(kind)}.")
+    try:
+        array = (
+            np.frombuffer(raw, np.uint8)
+            if raw is not None
+            else _whole_bytes(np.asarray(tensor["data"]))
+        )
+        return array.reshape(sides)
+    except (ValueError, TypeError, OverflowError):
+        raise BadBody(
+            f"input {shown(name)} must have {prod(sides)} values from 0 to 255 for its shape. "
+            "It has not."
+        ) from None
+
+
+def _whole_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    if array.size and not (array.dtype.kind in "iu" and 0 <= array.min() and array.max() <= 255):
+        raise ValueError
+    return array.astype(np.uint8)
+
+
+def _texts(name: str, data: Any) -> list[bytes]:
+    """Return the elements of BYTES in JSON: base64, since encoded images are no text."""
+    found = []
+    for text in _typed(data, list, f"data of {name}"):
+        try:
+            found.append(base64.b64decode(_typed(text, str, f"data of {name}"), validate=True))
+        except (binascii.Error, ValueError):
+            raise BadBody(f"data of {shown(name)} must be base64. Got {shown(text)}.") from None
+    return found
+
+
+def _elements(name: str, raw: bytes) -> list[bytes]:
+    """Return the elements of binary BYTES: each behind its length, uint32, little-endian."""
+    found, place = [], 0
+    while place < len(raw):
+        if len(raw) - place < 4:
+            break
+        (size,) = struct.unpack_from("<I", raw, place)
+        place += 4
+        if size > len(raw) - place:
+            break
+        found.append(raw[place : place + size])
+        place += size
+    else:
+        return found
+    raise BadBody(f"input {shown(name)} must be elements behind their lengths. It is cut off.")
+
+
+def _asked(item: Any, is_binary: bool) -> Asked:
+    told = _typed(item, dict, "an output")
+    parameters = _typed(told.get("parameters", {}), dict, "parameters of an output")
+    return Asked(
+        _typed(told.get("name"), str, "name of an output"),
+        classification=_count(parameters.get("classification", 0), "classification"),
+        is_binary=bool(parameters.get("binary_data", is_binary)),
+    )
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        wanted = _KINDS[kind.__name__]
+        raise BadBody(f"{what[:80]} must be {wanted}. Got {shown(value)}.")
+    return value
+
+
+def _count(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise BadBody(f"{what[:80]} must be a whole number, 0 or more. Got {shown(value)}.")
+    return value
+
+
+def to_body(
+    head: dict[str, Any],
+    outputs: Sequence[tuple[Asked, npt.NDArray[np.float32] | list[list[str]]]],
+) -> tuple[bytes, int | None]:
+    """Return a reply's body, and the bytes of its JSON where binary tensors follow it.
+
+    Args:
+        head: what stands beside the outputs.
+        outputs: tensors (N, C), or for a classification N lists of texts.
+    """
+    described, parts = [], []
+    for asked, value in outputs:
+        is_text = isinstance(value, list)
+        shape = [len(value), len(value[0])] if isinstance(value, list) else list(value.shape)
+        entry: dict[str, Any] = {
+            "name": asked.name,
+            "datatype": "BYTES" if is_text else "FP32",
+            "shape": shape,
+        }
+        if asked.is_binary:
+            raw = _to_raw(value)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+            parts.append(raw)
+        elif isinstance(value, list):
+            entry["data"] = [text for row in value for text in row]
+        else:
+            entry["data"] = value.ravel().tolist()
+        described.append(entry)
+    text = json.dumps(head | {"outputs": described}).encode()
+    return b"".join([text, *parts]), len(text) if parts else None
+
+
+def _to_raw(value: npt.NDArray[np.float32] | list[list[str]]) -> bytes:
+    if isinstance(value, list):
+        encoded = [text.encode() for row in value for text in row]
+        return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+    return np.ascontiguousarray(value, "<f4").tobytes()

@@ -1,0 +1,217 @@
+"""protocol.py and tensors.py: the Open Inference Protocol, and what does not follow it."""
+
+import base64
+import gzip
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from fieldmark.errors import BodyTooLarge
+from fieldmark.serving.app import create_app
+from fieldmark.serving.service import Limits
+from fieldmark.serving.tensors import inflate
+
+INFER = "/v2/models/model/infer"
+LENGTH = "inference-header-content-length"
+PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, 16, 16, 3]}
+
+
+@pytest.fixture
+def client(make_predictor):
+    limits = Limits(max_request_bytes=100_000, max_images=4)
+    return TestClient(create_app(make_predictor(), limits=limits), raise_server_exceptions=False)
+
+
+def assert_error(reply, status, part):
+    assert reply.status_code == status, reply.text
+    assert set(reply.json()) == {"error"}
+    assert part in reply.json()["error"]
+    assert len(reply.text) < 500
+
+
+def test_metadata_and_health(client, make_predictor):
+    assert client.get("/v2/health/live").status_code == 200
+    assert client.get("/v2/health/ready").status_code == 200
+    for path in ("/v2", "/v2/"):
+        assert client.get(path).json()["name"] == "fieldmark"
+    about = client.get("/v2/models/model").json()
+    assert about["versions"] == ["f" * 12]
+    assert about["outputs"][0] == {"name": "logits", "datatype": "FP32", "shape": [-1, 3]}
+    assert client.get(f"/v2/models/model/versions/{'f' * 12}").json() == about
+    assert client.get("/v2/models/model/ready").json() == {"name": "model", "ready": True}
+    assert_error(client.get("/v2/models/nobody"), 404, "'nobody'")
+    assert_error(client.get("/v2/models/model/versions/1/ready"), 404, "version 1")
+    assert_error(client.get("/v2/nothing"), 404, "does not exist")
+    assert_error(client.get(INFER), 405, "POST")
+
+
+def test_json_in_and_out(client, make_predictor, encode):
+    predictor = make_predictor()
+    decoded = predictor.decode(encode("red"))
+    text = base64.b64encode(encode("red")).decode()
+    asked = {"id": "a", "inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1]}]}
+    asked["inputs"][0]["data"] = [text]
+    reply = client.post(INFER, json=asked).json()
+    assert (reply["model_name"], reply["model_version"], reply["id"]) == ("model", "f" * 12, "a")
+    outputs = {output["name"]: output for output in reply["outputs"]}
+    assert outputs["logits"]["shape"] == [1, 3]
+    expected = predictor.predict(decoded[None])
+    assert np.array_equal(np.float32(outputs["logits"]["data"]), expected[0])
+    assert sum(outputs["probabilities"]["data"]) == pytest.approx(1, abs=1e-6)
+    nested = {
+        "inputs": [PIXELS | {"data": decoded[None].tolist()}],
+        "outputs": [{"name": "logits"}],
+    }
+    flat = {
+        "inputs": [PIXELS | {"data": decoded.ravel().tolist()}],
+        "outputs": [{"name": "logits"}],
+    }
+    for content in (nested, flat):
+        [logits] = client.post(INFER, json=content).json()["outputs"]
+        assert np.array_equal(np.float32(logits["data"]), expected[0])
+
+
+def test_a_raw_image_is_the_single_input(client, make_predictor, encode):
+    reply = client.post(INFER, content=encode("blue"), headers={LENGTH: "0"})
+    size = int(reply.headers[LENGTH])
+    head = json.loads(reply.content[:size])
+    assert [o["parameters"]["binary_data_size"] for o in head["outputs"]] == [12, 12]
+    predictor = make_predictor()
+    expected = predictor.predict(predictor.decode(encode("blue"))[None])
+    found = np.frombuffer(reply.content[size:], "<f4").reshape(2, 3)
+    assert np.array_equal(found[0], expected[0])
+
+
+def test_binary_tensors_and_classification(client, encode):
+    elements = b"".join(struct.pack("<I", len(x)) + x for x in (encode("red"), encode("green")))
+    asked = {
+        "inputs": [
+            {
+                "name": "encoded",
+                "datatype": "BYTES",
+                "shape": [2],
+                "parameters": {"binary_data_size": len(elements)},
+            }
+        ],
+        "outputs": [
+            {"name": "probabilities", "parameters": {"classification": 1, "binary_data": True}},
+            {"name": "logits", "parameters": {"classification": 2}},
+        ],
+    }
+    head = json.dumps(asked).encode()
+    reply = client.post(INFER, content=head + elements, headers={LENGTH: str(len(head))})
+    size = int(reply.headers[LENGTH])
+    first, second = json.loads(reply.content[:size])["outputs"]
+    assert (first["datatype"], first["shape"], second["shape"]) == ("BYTES", [2, 1], [2, 2])
+    assert [text.split(":")[1:] for text in second["data"]][::2] == [["0", "red"], ["1", "green"]]
+    raw = reply.content[size:]
+    (length,) = struct.unpack_from("<I", raw)
+    assert raw[4 : 4 + length].decode().endswith(":0:red")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)]
+)
+def test_compressed_bodies(client, encode, encoding, pack):
+    headers = {LENGTH: "0", "content-encoding": encoding}
+    assert client.post(INFER, content=pack(encode("red")), headers=headers).status_code == 200
+    assert_error(client.post(INFER, content=b"plain", headers=headers), 400, encoding)
+    bomb = pack(bytes(50_000_000))
+    assert_error(client.post(INFER, content=bomb, headers=headers), 413, "100000")
+    cut = pack(encode("red"))[:-6]
+    assert_error(client.post(INFER, content=cut, headers=headers), 400, "one whole")
+
+
+def test_inflating_never_holds_more_than_its_cap():
+    with pytest.raises(BodyTooLarge):
+        inflate(gzip.compress(bytes(1001)), "gzip", 1000)
+    assert inflate(gzip.compress(bytes(1000)), "gzip", 1000) == bytes(1000)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("", "must begin with JSON"),
+        ("[]", "must be an object"),
+        ("[" * 50_000, "must begin with JSON"),
+        ('{"inputs": 3}', "inputs must be a list"),
+        ('{"inputs": [3]}', "an input must be an object"),
+        ('{"inputs": []}', "inputs must be one of"),
+        ({"inputs": [PIXELS]}, "either data or binary_data_size"),
+        ({"inputs": [PIXELS | {"data": [1, 2]}]}, "768 values"),
+        ({"inputs": [PIXELS | {"data": [256] * 768}]}, "768 values"),
+        ({"inputs": [PIXELS | {"data": [0.5] * 768}]}, "768 values"),
+        ({"inputs": [PIXELS | {"data": ["a"] * 768}]}, "768 values"),
+        ({"inputs": [PIXELS | {"data": [[1], [2, 3]]}]}, "768 values"),
+        ({"inputs": [PIXELS | {"shape": [0, 16, 16, 3], "data": []}]}, "1 to 4 images"),
+        ({"inputs": [PIXELS | {"shape": [256, 3], "data": [0] * 768}]}, "must have the shape"),
+        ({"inputs": [PIXELS | {"shape": [2**39, 2**39], "data": [0]}]}, "values from 0"),
+        ({"inputs": [PIXELS | {"shape": [-1], "data": [0]}]}, "whole number"),
+        ({"inputs": [PIXELS | {"datatype": "FP32", "data": [0] * 768}]}, "UINT8 or BYTES"),
+        ({"inputs": [PIXELS | {"name": "encoded", "data": [0] * 768}]}, "other way round"),
+        ({"inputs": [PIXELS | {"data": [0] * 768}] * 2}, "different names"),
+        ({"inputs": [PIXELS | {"parameters": {"binary_data_size": 5}}]}, "within the body"),
+        ({"inputs": [PIXELS | {"data": [0] * 768}], "outputs": [{"name": "x"}]}, "among logits"),
+        (
+            {
+                "inputs": [PIXELS | {"data": [0] * 768}],
+                "outputs": [{"name": "logits", "parameters": {"classification": 4}}],
+            },
+            "at most 3",
+        ),
+        ({"inputs": [PIXELS | {"data": [0] * 768}], "id": 3}, "id must be a string"),
+        (
+            {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": ["&"]}]},
+            "base64",
+        ),
+        (
+            {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [2], "data": ["aaaa"]}]},
+            "2 elements",
+        ),
+    ],
+)
+def test_what_does_not_follow_the_protocol(client, content, part):
+    text = content if isinstance(content, str) else json.dumps(content)
+    assert_error(client.post(INFER, content=text), 400, part)
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "1e3", "999999"])
+def test_a_wrong_header_length(client, length):
+    assert_error(client.post(INFER, content=b"{}", headers={LENGTH: length}), 400, LENGTH)
+
+
+@pytest.mark.parametrize("raw", [b"\1", b"\5\0\0\0ab", b"\xff\xff\xff\xffab"])
+def test_binary_elements_that_are_cut_off(client, raw):
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "encoded",
+                    "datatype": "BYTES",
+                    "shape": [1],
+                    "parameters": {"binary_data_size": len(raw)},
+                }
+            ]
+        }
+    ).encode()
+    reply = client.post(INFER, content=head + raw, headers={LENGTH: str(len(head))})
+    assert_error(reply, 400, "cut off")
+    more = client.post(INFER, content=head + raw + b"x", headers={LENGTH: str(len(head))})
+    assert more.status_code == 400
+
+
+def test_a_bad_image_is_named(client, encode):
+    texts = [base64.b64encode(x).decode() for x in (encode("red"), b"no image")]
+    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [2], "data": texts}
+    assert_error(client.post(INFER, json={"inputs": [tensor]}), 422, "image 1: image must")
+
+
+def test_a_client_s_timeout_in_microseconds(client, encode):
+    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [1]}
+    tensor["data"] = [base64.b64encode(encode("red")).decode()]
+    asked = {"inputs": [tensor], "parameters": {"timeout": 1}}
+    assert_error(client.post(INFER, json=asked), 504, "deadline")

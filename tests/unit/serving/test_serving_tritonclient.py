@@ -1,0 +1,69 @@
+"""The Open Inference Protocol as tritonclient speaks it: a real client, a real process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fieldmark.serving.predictor import open_predictor
+
+PYTHON = Path(__file__).parents[3] / ".clients" / "python" / "bin" / "python"
+CALLS = Path(__file__).with_name("triton_calls.py")
+
+
+@pytest.mark.slow
+def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
+    if not PYTHON.exists():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{PYTHON} must have tritonclient. Run: make clients.", pytrace=False)
+        pytest.skip("tritonclient is not here. Run: make clients.")
+    images = [encode("red"), encode("blue", "JPEG"), encode("green", "WEBP")]
+    files = [tmp_path / f"{k}.image" for k in range(3)]
+    for file, image in zip(files, images, strict=True):
+        file.write_bytes(image)
+    serve = [sys.executable, "-m", "fieldmark", "serve", str(tiny_package), "--port", "0", "--json"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            told = subprocess.run(
+                [PYTHON, CALLS, url.removeprefix("http://"), "colours", *files],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+        finally:
+            process.terminate()
+    assert told.returncode == 0, told.stderr
+    answer = json.loads(told.stdout)
+    predictor = open_predictor(tiny_package)
+    decoded = np.stack([predictor.decode(image) for image in images])
+    pixels = np.stack([np.full((16, 16, 3), 40 * k, np.uint8) for k in range(3)])
+    expected, of_pixels = predictor.predict(decoded), predictor.predict(pixels)
+    found = answer["found"]
+    ways = {"binary", "json output", "gzip", "deflate", "gzip reply", "version", "async"}
+    for name in ways | {"aio", "aio gzip"}:
+        assert np.array_equal(np.float32(found[name]), expected), name
+    for name in ("pixels", "pixels in json", "aio pixels"):
+        assert np.array_equal(np.float32(found[name]), of_pixels), name
+    for name in ("classes True", "classes False"):
+        best = [row[0].split(":")[1:] for row in found[name]]
+        assert best == [["0", "red"], ["2", "blue"], ["1", "green"]]
+        assert all(len(row) == 2 for row in found[name])
+    assert answer["about"]["inputs"][0] == {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": [-1, 16, 16, 3],
+    }
+    statuses = {name: status for name, (status, _) in answer["errors"].items()}
+    assert statuses == {
+        **dict.fromkeys(["model", "version", "metadata", "aio model"], "404"),
+        **dict.fromkeys(["shape", "output"], "400"),
+        "image": "422",
+        "timeout": "504",
+    }
+    assert answer["errors"]["image"][1].startswith("image must")
