@@ -1,4 +1,4 @@
-"""Every call of tritonclient's HTTP clients that a classifier's user makes: URL, model, image files.
+"""Each call of tritonclient's HTTP clients that a user makes: HOST:PORT, model, image files.
 
 Prints one JSON object: the logits that each way of asking gave, and the errors.
 """
