@@ -2,9 +2,9 @@
 
 Settings are the published ones (Jordan 2024, arXiv:2404.00498, and Jordan et al. 2024 on Muon):
 updates of 2,000 images of 32 px in channels_last, whole updates at once; in float32, or with the
-network in bfloat16 by torch's autocast. Images lie in memory, normalised, and are shifted and mirrored as
-tensors, so that data cost next to nothing. The network is the airnet, with the initialisation that
-the recipe gives it.
+network in bfloat16 by torch's autocast. Images lie in memory, normalised, and are shifted and
+mirrored as tensors, so that data cost next to nothing. The network is the airnet, with the
+initialisation that the recipe gives it.
 """
 
 from collections.abc import Iterator

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ class Batcher:
         self._is_full = asyncio.Event()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="model")
         self._working: set[asyncio.Task[None]] = set()
-        self._running_since: dict[asyncio.Task[None] | None, float] = {}
+        self._running_since: dict[asyncio.Task[None], float] = {}
         self._num_running = 0
         self._crash: str | None = None
 
@@ -138,21 +139,25 @@ class Batcher:
 
     async def _work(self) -> None:
         """Run batches while there are images."""
-        me = asyncio.current_task()
-        while self._queue:
-            batch = await self._next_batch()
-            if not batch:
-                continue
-            self._running_since[me] = time.monotonic()
-            self._num_running += len(batch)
-            try:
-                await self._run(batch)
-            finally:
-                self._num_running -= len(batch)
-                del self._running_since[me]
+        me = cast("asyncio.Task[None]", asyncio.current_task())
+        try:
+            while self._queue:
+                batch = await self._next_batch()
+                if not batch:
+                    continue
+                self._running_since[me] = time.monotonic()
+                self._num_running += len(batch)
+                try:
+                    await self._run(batch)
+                finally:
+                    self._num_running -= len(batch)
+                    del self._running_since[me]
+        finally:
+            # In the same step as the last look at the queue: an image that comes next must find
+            # that nobody works.
+            self._working.discard(me)
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
-        self._working.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._crash = "what runs the model has crashed"
             log.warn(f"{self._crash}: {task.exception()!r}")

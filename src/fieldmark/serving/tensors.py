@@ -172,7 +172,7 @@ def _input(
 
 
 def _whole_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if array.size and not (array.dtype.kind in "iu" and 0 <= array.min() and array.max() <= 255):
+    if array.size and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
         raise ValueError
     return array.astype(np.uint8)
 

@@ -55,6 +55,20 @@ def test_what_waits_goes_together_and_each_gets_its_own():
     assert inside == 0
 
 
+def test_an_image_that_comes_as_the_last_one_leaves_is_not_forgotten():
+    model = Model()
+
+    async def go():
+        batcher = Batcher(model, max_batch_size=4)
+        async with asyncio.timeout(5):
+            for value in range(20):
+                logits = await batcher.logits(image(value), math.inf)
+                assert float(logits[0]) == value
+
+    asyncio.run(go())
+    assert model.sizes == [1] * 20
+
+
 @pytest.mark.parametrize(("max_wait_s", "sizes"), [(0.5, [2]), (0.0, [1, 1])])
 def test_a_batch_waits_to_fill_from_its_first_image_on(max_wait_s, sizes):
     model = Model()
