@@ -95,6 +95,7 @@ def create_app(
     add_error_handlers(app)
     app.add_middleware(Identified, service=service)
     app.include_router(make_router(service))
+    app.state.service = service
 
     @app.post(
         "/v1/classify",

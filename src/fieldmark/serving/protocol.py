@@ -18,7 +18,7 @@ from fieldmark.preprocess import Pixels
 from fieldmark.serving.intake import deadline_of, read_body
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.presence import unless_gone
-from fieldmark.serving.replies import BadBody, NoSuchModel, shown, to_error
+from fieldmark.serving.replies import BadBody, NoSuchModel, ProtocolError, shown, to_error
 from fieldmark.serving.service import Service
 from fieldmark.serving.tensors import (
     LENGTH_HEADER,
@@ -35,7 +35,9 @@ OUTPUTS = ("logits", "probabilities")
 
 def make_router(service: Service) -> APIRouter:
     """Return the routes of the protocol."""
-    router = APIRouter(prefix="/v2")
+    # "default" takes the place of the framework's own description of errors, too.
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ProtocolError}}
+    router = APIRouter(prefix="/v2", responses=errors)
 
     @router.get("/health/live")
     async def live() -> dict[str, bool]:

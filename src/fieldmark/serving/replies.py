@@ -140,6 +140,12 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class ProtocolError(BaseModel):
+    """The shape of every error under /v2."""
+
+    error: str = Field(description="What must be, what was found, what to do.")
+
+
 INTERNAL = ErrorDetail(code="internal", message="the service failed. The cause is in its log.")
 
 

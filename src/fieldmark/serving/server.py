@@ -80,6 +80,7 @@ def serve(
         with _signals_end(server):
             threading.Thread(target=load, name="load").start()
             server.run(sockets=[listener])
+        app.state.service.close()
         loaded.result()  # raises what loading raised
 
 

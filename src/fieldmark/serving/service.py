@@ -53,7 +53,7 @@ class Service:
         self.limits = limits
         self._predictor = predictor
         self._report = report
-        self._decoders = ThreadPoolExecutor(num_cores(), thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(num_cores(), thread_name_prefix="image")
         self._batcher: Batcher | None = None
         self._num_inside = 0
         self._bytes_inside = 0

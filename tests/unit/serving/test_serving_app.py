@@ -692,8 +692,9 @@ def test_live_ends_when_the_model_hangs(make_predictor, encode):
         )
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             work = asyncio.create_task(client.post(URL, content=encode("red")))
-            await asyncio.sleep(0.2)
-            hung = await client.get("/livez")
+            async with asyncio.timeout(5):
+                while (hung := await client.get("/livez")).status_code == 200:
+                    await asyncio.sleep(0.02)
             release.set()
             await work
             return hung, await client.get("/livez")
