@@ -17,6 +17,7 @@ from fieldmark.runtime.log import say
 if TYPE_CHECKING:
     from fieldmark.measure import Predict
     from fieldmark.serving.files import FileResult
+    from fieldmark.serving.limits import Limits
 
 Golden = Literal["auto", "data", "synthetic", "none"]
 ExportFormat = Literal["onnx", "torchscript", "pt2", "openvino"]
@@ -351,13 +352,9 @@ def serve(
     port: int = 8000,
     variant: str = "auto",
     threads: int = 0,
-    timeout_s: float = 10.0,
-    max_batch_size: int = 8,
-    max_wait_ms: float = 0.0,
-    max_inside: int = 256,
-    max_images: int = 32,
-    max_body_bytes: int = 10_000_000,
-    max_pixels: int = 50_000_000,
+    device: str = "auto",
+    limits: "Limits | None" = None,
+    keys: Path | None = None,
     announce: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Serve a package's ONNX variant over HTTP until SIGTERM or Ctrl-C.
@@ -365,17 +362,13 @@ def serve(
     Args:
         variant: auto takes what `bench` found to be the fastest here, else onnx.
         threads: 0: as `bench` found, else all cores.
-        timeout_s: for an answer, of a request that names no time of its own.
-        max_batch_size: images that go through the model together.
-        max_wait_ms: how long a batch waits to fill, from its first image on.
-        max_inside: images waiting or in work; more are refused.
-        max_images: of one request.
-        max_body_bytes: of one image.
-        announce: called with {"url", "model"} once the service is ready.
+        device: auto, cpu or cuda.
+        limits: what the service takes, and how long it tries; None: as by default.
+        keys: a file of API keys, of which each request must carry one; None: none is asked for.
+        announce: called with {"url", "model", "variant", "device"} once the service is ready.
     """
     from fieldmark.packaging.manifest import package_folder
     from fieldmark.serving.server import serve as serve_package
-    from fieldmark.serving.service import MAX_TIMEOUT_S, Limits
 
     serve_package(
         package_folder(model),
@@ -383,16 +376,9 @@ def serve(
         port=port,
         variant=variant,
         threads=threads,
-        limits=Limits(
-            max_body_bytes=max_body_bytes,
-            max_pixels=max_pixels,
-            max_images=max_images,
-            max_inside=max_inside,
-            timeout_s=timeout_s,
-            max_timeout_s=max(timeout_s, MAX_TIMEOUT_S),
-            max_batch_size=max_batch_size,
-            max_wait_s=max_wait_ms / 1000,
-        ),
+        device=device,
+        limits=limits,
+        keys=keys,
         announce=announce,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fieldmark import __version__, show
-from fieldmark.cli import stages, tools  # noqa: F401  their verbs register themselves
+from fieldmark.cli import serving, stages, tools  # noqa: F401  their verbs register themselves
 from fieldmark.cli.options import app
 from fieldmark.errors import FieldmarkError
 from fieldmark.runtime import log

@@ -1,16 +1,20 @@
 """Opening a package's ONNX model with onnxruntime. Torch-free."""
 
 import re
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fieldmark.errors import PackageError
+from fieldmark.errors import ConfigError, PackageError
 from fieldmark.measure import Predict
 from fieldmark.packaging.entries import Variant
 from fieldmark.packaging.manifest import Package
 from fieldmark.runtime.cpu import num_cores
+
+Device = Literal["cpu", "cuda"]
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _LOG_ERRORS_ONLY = 3
 
@@ -21,17 +25,20 @@ _LOG_ERRORS_ONLY = 3
 _EXTERNAL_DATA = re.compile(rb"[\x00\x08]location")
 
 
-def open_onnx(package: Package, variant: str = "onnx", threads: int = 0) -> Predict:
-    """Return the variant as a Predict on the CPU, opened from bytes that match their checksum.
+def open_onnx(
+    package: Package, variant: str = "onnx", threads: int = 0, device: Device = "cpu"
+) -> Predict:
+    """Return the variant as a Predict, opened from bytes that match their checksum.
 
     Args:
         threads: within one operator; 0 takes the cores this process may use.
+        device: where it runs.
 
     Raises:
         PackageError: there is no such variant, or the model cannot be opened or does not fit.
         IntegrityError: the file is missing, truncated or altered.
     """
-    session, names = open_checked(package, package.variant(variant, "onnx"), threads)
+    session, names = open_checked(package, package.variant(variant, "onnx"), threads, device)
     spec = package.preprocess
 
     def predict(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -45,7 +52,7 @@ def open_onnx(package: Package, variant: str = "onnx", threads: int = 0) -> Pred
 
 
 def open_checked(
-    package: Package, entry: Variant, threads: int = 0
+    package: Package, entry: Variant, threads: int = 0, device: Device = "cpu"
 ) -> tuple[ort.InferenceSession, list[str]]:
     """Return an ONNX variant's session and the names of its input and its outputs, in order.
 
@@ -53,16 +60,19 @@ def open_checked(
         PackageError: it cannot be opened, or its input and outputs are not those recorded.
         IntegrityError: the file is missing, truncated or altered.
     """
-    session = open_session(package.read(entry.file), str(package.path / entry.file), threads)
+    where = str(package.path / entry.file)
+    session = open_session(package.read(entry.file), where, threads, device)
     _check_ends(session, package, entry)
     return session, [end.name for end in (*session.get_inputs(), *session.get_outputs())]
 
 
-def open_session(model: bytes, name: str, threads: int = 0) -> ort.InferenceSession:
-    """Return an onnxruntime session on the CPU; `name` stands for the model in errors.
+def open_session(
+    model: bytes, name: str, threads: int = 0, device: Device = "cpu"
+) -> ort.InferenceSession:
+    """Return an onnxruntime session on a device; `name` stands for the model in errors.
 
     Raises:
-        PackageError: the model refers to another file, or onnxruntime cannot open it.
+        PackageError: the model refers to another file, or onnxruntime cannot open it there.
     """
     if _EXTERNAL_DATA.search(model):
         raise PackageError(
@@ -78,14 +88,42 @@ def open_session(model: bytes, name: str, threads: int = 0) -> ort.InferenceSess
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without this, bytes that look like onnxruntime's own format would be taken for it.
     options.add_session_config_entry("session.load_model_format", "ONNX")
+    provider = PROVIDERS[device]
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=[provider])
     # onnxruntime's exceptions have no common base but Exception.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]
         raise PackageError(
             f"{name} must be a model that onnxruntime {ort.__version__} can open. {reason}."
         ) from error
+    # A provider whose libraries or device are missing is left out with no more than a warning.
+    if session.get_providers()[0] != provider:
+        raise PackageError(
+            f"{name} must run on {device}. onnxruntime {ort.__version__} could not start there "
+            "(a library of CUDA or cuDNN, or the device, is missing). Use --device cpu."
+        )
+    return session
+
+
+def choose_device(asked: str) -> Device:
+    """Return the device that was asked for; auto: cuda where onnxruntime was built for it.
+
+    Raises:
+        ConfigError: it is no device, or this onnxruntime was not built for it.
+    """
+    available = ort.get_available_providers()
+    if asked == "auto":
+        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    if asked not in PROVIDERS:
+        raise ConfigError(f"device must be auto, cpu or cuda. Got {asked!r}.")
+    device: Device = "cuda" if asked == "cuda" else "cpu"
+    if PROVIDERS[device] not in available:
+        raise ConfigError(
+            f"device must be one that onnxruntime {ort.__version__} was built for. Got {device}. "
+            "Install onnxruntime-gpu in place of onnxruntime, or use --device cpu."
+        )
+    return device
 
 
 def _check_ends(session: ort.InferenceSession, package: Package, variant: Variant) -> None:

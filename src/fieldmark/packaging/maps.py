@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from fieldmark.errors import PackageError
 from fieldmark.measure import class_maps
-from fieldmark.packaging.load import check_images, open_checked
+from fieldmark.packaging.load import Device, check_images, open_checked
 from fieldmark.packaging.manifest import WEIGHTS, Package
 from fieldmark.preprocess import Preprocess
 
@@ -46,11 +46,14 @@ class MapModel:
         return class_maps(features, self.weight[chosen], self.bias[chosen])
 
 
-def open_maps(package: Package, variant: str = "onnx", threads: int = 0) -> MapModel:
+def open_maps(
+    package: Package, variant: str = "onnx", threads: int = 0, device: Device = "cpu"
+) -> MapModel:
     """Return an ONNX variant with its second output, opened from bytes that match their checksum.
 
     Args:
         threads: within one operator; 0 takes the cores this process may use.
+        device: where it runs.
 
     Raises:
         PackageError: there is no such variant, it gives no features, or it does not fit.
@@ -62,7 +65,7 @@ def open_maps(package: Package, variant: str = "onnx", threads: int = 0) -> MapM
             f"variant {variant!r} of {package.path} must give its features for class maps. It "
             f"does not. Run: fieldmark export {package.path} --features."
         )
-    session, (source, logits, features) = open_checked(package, entry, threads)
+    session, (source, logits, features) = open_checked(package, entry, threads, device)
     num_classes, channels = len(package.class_names), entry.outputs[1].shape[1]
     weights = package.read(WEIGHTS)
     weight = read_tensor(weights, entry.head.weight, str(package.path / WEIGHTS))

@@ -4,6 +4,8 @@ stdout is kept for results, so that `--json` output can be piped.
 """
 
 import contextlib
+import datetime as dt
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,18 +33,46 @@ class _Stderr(Console):
 
 console = _Stderr(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_EVERY_S = 10.0
+_is_json = False
+
+
+def use_json(yes: bool = True) -> None:
+    """Print messages as JSON, an object a line, and events too."""
+    global _is_json
+    _is_json = yes
+
+
+def event(name: str, **facts: Any) -> None:
+    """Print what happened, for machines: nothing without `use_json`. Facts of None are left out."""
+    if _is_json:
+        _print_json("info", event=name, **facts)
 
 
 def say(text: str) -> None:
     """Print one line for the person who is waiting."""
+    if _is_json:
+        _print_json("info", message=text)
+        return
     with contextlib.suppress(OSError):  # a terminal that was closed, a log on a full disk
         console.print(text, markup=False)
 
 
 def warn(text: str) -> None:
     """Print one line that should not be overlooked."""
+    if _is_json:
+        _print_json("warning", message=text)
+        return
     with contextlib.suppress(OSError):
         console.print(f"note: {text}", markup=False, style="yellow")
+
+
+def _print_json(level: str, **facts: Any) -> None:
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+    known = {name: value for name, value in facts.items() if value is not None}
+    line = json.dumps({"time": now, "level": level, **known})
+    with contextlib.suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Bar:

@@ -5,16 +5,21 @@ admitted, or refused with the time to wait -> each image is decoded and validate
 runs on what came together -> the answer. A client that goes takes its images out of the queue.
 """
 
+import base64
 from collections import Counter
 from concurrent.futures import Future
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import PlainTextResponse
 from starlette.datastructures import QueryParams
 
-from fieldmark.serving.batcher import Logits
+from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.door import Door, count_images
 from fieldmark.serving.identity import Identified
 from fieldmark.serving.intake import TIMEOUT_HEADER, deadline_of, read_images
+from fieldmark.serving.keys import Keys
+from fieldmark.serving.limits import HTTP_FORMATS, Limits
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.presence import unless_gone
 from fieldmark.serving.protocol import make_router
@@ -24,6 +29,7 @@ from fieldmark.serving.replies import (
     BatchBody,
     ClassifyBody,
     ErrorBody,
+    ExplanationBody,
     ItemBody,
     ReadyBody,
     add_error_handlers,
@@ -31,11 +37,12 @@ from fieldmark.serving.replies import (
     to_body,
     to_error,
 )
-from fieldmark.serving.service import HTTP_FORMATS, Limits, Service
+from fieldmark.serving.service import Answer, Service
 
 DEFAULT_TOP_K = 5
 
 _ERRORS: dict[int, str] = {
+    401: "The request carries no key that is taken, where the service asks for one.",
     400: "A query parameter, a header or the form is wrong.",
     413: "The body has too many bytes, or the image too many pixels.",
     422: "The body is not a JPEG, PNG or WebP image, or a damaged one.",
@@ -81,10 +88,19 @@ _DESCRIBED = {
 
 
 def create_app(
-    predictor: Predictor | Future[Predictor], *, limits: Limits | None = None
+    predictor: Predictor | Future[Predictor],
+    *,
+    limits: Limits | None = None,
+    keys: Keys | None = None,
+    cost: BatchCost | None = None,
 ) -> FastAPI:
-    """Return the service around a predictor; until a Future of one is done, it is not ready."""
-    service = Service(predictor, limits or Limits())
+    """Return the service around a predictor; until a Future of one is done, it is not ready.
+
+    Args:
+        keys: of which each request must carry one; None: no key is asked for.
+        cost: what is known of the cost of a batch by the time that the predictor is there.
+    """
+    service = Service(predictor, limits or Limits(), cost)
     app = FastAPI(
         title="fieldmark",
         summary="Image classification.",
@@ -93,14 +109,21 @@ def create_app(
         redirect_slashes=False,
     )
     add_error_handlers(app)
-    app.add_middleware(Identified, service=service)
+    if keys is not None:
+        app.add_middleware(Door, service=service, keys=keys)
+    app.add_middleware(Identified, service=service)  # the last that is added is the outermost
     app.include_router(make_router(service))
     app.state.service = service
+    _add_classify(app, service)
+    _add_health(app, service)
+    return app
 
+
+def _add_classify(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/classify",
         response_model_exclude_none=True,
-        responses=_error_responses(400, 413, 422, 429, 500, 503, 504),
+        responses=_error_responses(400, 401, 413, 422, 429, 500, 503, 504),
         openapi_extra=_DESCRIBED,
     )
     async def classify(
@@ -109,29 +132,48 @@ def create_app(
             int | None,
             Query(ge=1, description="How many classes; by default 5, or all if there are fewer."),
         ] = None,
+        explain: Annotated[
+            bool,
+            Query(description="Whether to draw what spoke for the likeliest class of each image."),
+        ] = False,
     ) -> ClassifyBody | BatchBody:
         """Classify one JPEG, PNG or WebP image, or several of them in one request."""
-        check_query(request.query_params, "top_k")
+        check_query(request.query_params, "top_k", "explain")
         ready = service.predictor
         count = min(DEFAULT_TOP_K, ready.num_classes) if top_k is None else top_k
         if count > ready.num_classes:
             raise BadQuery(f"top_k must be from 1 to {ready.num_classes}. Got {count}.")
+        if explain and ready.maps is None:
+            raise BadQuery(
+                f"explain must be false: variant {ready.variant} of this model gives no features."
+            )
         deadline = deadline_of(request, service.limits)
-        images = await read_images(request, service.limits)
-        found = await unless_gone(request, service.logits(images.encoded, deadline))
-        about = {"model": ready.model_id, "preprocessing": ready.preprocessing}
-        if images.is_list:
-            items = [
-                _item(index, name, ready, logits, count)
-                for index, (name, logits) in enumerate(zip(images.names, found, strict=True))
-            ]
-            return BatchBody(**about, results=items)
-        [logits] = found
-        if isinstance(logits, Exception):
-            raise logits
-        [ranked] = ready.rank(logits[None], count)
-        return ClassifyBody(**about, predictions=[to_body(prediction) for prediction in ranked])
+        images = await read_images(request, service)
+        if explain and 2 * len(images.encoded) > service.limits.max_inside:
+            raise BadQuery(
+                f"at most {service.limits.max_inside // 2} images may be explained in a request. "
+                f"Got {len(images.encoded)}."
+            )
+        count_images(request, service, len(images.encoded))
+        found = await unless_gone(request, service.answers(images.encoded, deadline, explain))
+        about: dict[str, Any] = {"model": ready.model_id, "preprocessing": ready.preprocessing}
+        if not images.is_list:
+            [one] = found
+            if isinstance(one, Exception):
+                raise one
+            return ClassifyBody(**about, **_answer(ready, one, count))
+        items = []
+        for index, (name, one) in enumerate(zip(images.names, found, strict=True)):
+            if isinstance(one, Exception):
+                status, detail = to_error(one)
+                items.append(ItemBody(index=index, name=name, status=status, error=detail))
+            else:
+                answer = _answer(ready, one, count)
+                items.append(ItemBody(index=index, name=name, status=200, **answer))
+        return BatchBody(**about, results=items)
 
+
+def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/livez", responses=_error_responses(503))
     async def livez() -> AliveBody:
         """Say that the process answers: if it does not, restart it."""
@@ -140,22 +182,25 @@ def create_app(
 
     @app.get("/readyz", responses=_error_responses(503))
     async def readyz() -> ReadyBody:
-        """Say that the model is loaded and checked: until then, send it nothing."""
-        ready = service.predictor
+        """Say that the model is loaded and checked, and the service not ending."""
+        ready = service.must_be_ready()
         return ReadyBody(model=ready.model_id, preprocessing=ready.preprocessing)
 
-    return app
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_error_responses(401))
+    async def metrics(request: Request) -> Response:
+        """Counters and times, for Prometheus."""
+        page, content_type = service.metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": content_type})
 
 
-def _item(
-    index: int, name: str | None, predictor: Predictor, logits: Logits | Exception, top_k: int
-) -> ItemBody:
-    if isinstance(logits, Exception):
-        status, detail = to_error(logits)
-        return ItemBody(index=index, name=name, status=status, error=detail)
-    [ranked] = predictor.rank(logits[None], top_k)
-    predictions = [to_body(prediction) for prediction in ranked]
-    return ItemBody(index=index, name=name, status=200, predictions=predictions)
+def _answer(predictor: Predictor, found: Answer, top_k: int) -> dict[str, Any]:
+    """Return the parts of a body that say what one image shows."""
+    [ranked] = predictor.rank(found.logits[None], top_k)
+    parts: dict[str, Any] = {"predictions": [to_body(prediction) for prediction in ranked]}
+    if found.png is not None:
+        text = base64.b64encode(found.png).decode()
+        parts["explanation"] = ExplanationBody(class_name=ranked[0].class_name, png=text)
+    return parts
 
 
 def check_query(given: QueryParams, *known: str) -> None:

@@ -59,6 +59,7 @@ class Batcher:
         max_batch_size: int,
         max_wait_s: float = 0.0,
         report: Callable[[BatchReport], None] = lambda _: None,
+        cost: BatchCost | None = None,
     ) -> None:
         """Make a batcher, which is idle until an image comes.
 
@@ -69,8 +70,9 @@ class Batcher:
             max_wait_s: how long a batch waits to fill, from its first image on. 0: whatever is
                 there when the model is free, which on a CPU loses nothing.
             report: is told of each batch.
+            cost: what is known of it; it goes on learning.
         """
-        self.cost = BatchCost()
+        self.cost = BatchCost() if cost is None else cost
         self.max_batch_size = max_batch_size
         self.workers = workers
         self._predict = predict

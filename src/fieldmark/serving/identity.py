@@ -1,5 +1,6 @@
 """Every answer says to which request it belongs and which model and preprocessing it comes from."""
 
+import time
 import traceback
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +18,7 @@ class Identified:
 
     The request's id is the caller's if it is sane, and is in scope["state"]["request_id"]. What
     fails unexpectedly is answered here, so that such an answer has them too; its traceback is for
-    the log.
+    the log. Every answer is counted, and logged where the log is for machines.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -29,29 +30,51 @@ class Identified:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        started = time.monotonic()
         identity = request_id(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = identity
-        has_begun = False
+        status = 0
 
         async def send_marked(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_begun = True
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = identity
-                try:
-                    predictor = self._service.predictor
-                except NotReady:
-                    pass
-                else:
-                    headers["X-Model-Id"] = predictor.model_id
-                    headers["X-Preprocessing"] = predictor.preprocessing
+                status = message["status"]
+                self._mark(MutableHeaders(scope=message), identity)
             await send(message)
 
         try:
             await self._app(scope, receive, send_marked)
         except Exception:
-            if has_begun:
-                raise
             log.warn(f"request {identity} failed:\n{traceback.format_exc()}")
+            if status:
+                raise
             await unexpected_reply(Request(scope))(scope, receive, send_marked)
+        finally:
+            self._count(scope, status, time.monotonic() - started)
+
+    def _mark(self, headers: MutableHeaders, identity: str) -> None:
+        headers["X-Request-Id"] = identity
+        if self._service.is_draining:
+            headers["Connection"] = "close"
+        try:
+            predictor = self._service.predictor
+        except NotReady:
+            return
+        headers["X-Model-Id"] = predictor.model_id
+        headers["X-Preprocessing"] = predictor.preprocessing
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        # The template that matched: a path is the client's choice and would be a label without end.
+        route = getattr(scope.get("route"), "path", "other")
+        self._service.metrics.request(route, status, seconds)
+        state = scope["state"]
+        log.event(
+            "request",
+            request_id=state["request_id"],
+            method=scope["method"],
+            route=route,
+            status=status,
+            seconds=round(seconds, 6),
+            images=state.get("images"),
+            key=state.get("key"),
+        )

@@ -16,8 +16,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from fieldmark.errors import BodyTooLarge
+from fieldmark.serving.limits import Limits
 from fieldmark.serving.replies import BadBody, BadQuery, shown
-from fieldmark.serving.service import Limits
+from fieldmark.serving.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -59,42 +60,53 @@ def deadline_of(request: Request, limits: Limits) -> float:
     return time.monotonic() + min(seconds, limits.max_timeout_s)
 
 
-async def read_images(request: Request, limits: Limits) -> Images:
+async def read_images(request: Request, service: Service) -> Images:
     """Return the images of a body: one as it is, several as multipart/form-data or as JSON.
 
     Any other body is one image, whatever its type is called.
 
     Raises:
         BodyTooLarge: there are too many bytes.
+        Busy: too many bodies are arriving.
         BadBody: the form or the JSON cannot be read, or has no image or too many.
     """
+    limits = service.limits
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind == b"multipart/form-data":
-        body = await read_body(request, limits.max_request_bytes)
+        body = await read_body(request, service, limits.max_request_bytes)
         return _from_form(body, options.get(b"boundary", b""), limits)
     if kind == b"application/json":
-        body = await read_body(request, limits.max_request_bytes)
+        body = await read_body(request, service, limits.max_request_bytes)
         if body.lstrip()[:1] in (b"{", b"["):
             return _from_json(body, limits)
         return Images([body], [None], is_list=False)
-    return Images([await read_body(request, limits.max_body_bytes)], [None], is_list=False)
+    return Images([await read_body(request, service, limits.max_body_bytes)], [None], is_list=False)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body, or raise BodyTooLarge: before reading if its declared size is too large."""
+async def read_body(request: Request, service: Service, max_bytes: int) -> bytes:
+    """Return the body.
+
+    Raises:
+        BodyTooLarge: it has too many bytes; before reading, if its declared size is too large.
+        Busy: too many bodies are arriving.
+    """
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise BodyTooLarge(
-            f"body must have at most {max_bytes} bytes. Got {int(declared)}. Resize and retry."
+            f"body must have at most {max_bytes} bytes. Got {shown(declared)}. Resize and retry."
         )
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(
-                f"body must have at most {max_bytes} bytes. Got more. Resize and retry."
-            )
-    return bytes(body)
+    try:
+        async for chunk in request.stream():
+            service.arrive(len(chunk))
+            body += chunk
+            if len(body) > max_bytes:
+                raise BodyTooLarge(
+                    f"body must have at most {max_bytes} bytes. Got more. Resize and retry."
+                )
+        return bytes(body)
+    finally:
+        service.arrive(-len(body))
 
 
 class _Form:

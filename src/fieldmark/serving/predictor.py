@@ -11,7 +11,9 @@ import numpy.typing as npt
 from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
 from fieldmark.measure import Predict, softmax
 from fieldmark.packaging.golden import check_golden
-from fieldmark.packaging.manifest import open_package
+from fieldmark.packaging.load import Device
+from fieldmark.packaging.manifest import Package, open_package
+from fieldmark.packaging.maps import MapModel, open_maps
 from fieldmark.packaging.served import SERVED, open_served
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
@@ -40,6 +42,9 @@ class Predictor:
     workers: int = 1  # calls of `predict` that may run at once
     temperature: float = 1.0  # divides the logits before softmax; rankings do not change
     name: str = "model"
+    variant: str = "onnx"
+    device: Device = "cpu"
+    maps: MapModel | None = None  # the same variant with its features, where it gives them
 
     @property
     def version(self) -> str:
@@ -118,6 +123,8 @@ def open_predictor(
     threads: int = 0,
     check: bool = True,
     workers: int = 1,
+    device: Device = "cpu",
+    explains: bool = False,
 ) -> Predictor:
     """Return the predictor of a package, once its golden samples give what was recorded.
 
@@ -126,6 +133,8 @@ def open_predictor(
         threads: of the model; 0: as many as this process may use.
         check: whether to run the golden samples. A package without any is opened with a note.
         workers: calls that may run at once, each with `threads`.
+        device: where it runs.
+        explains: whether to open the variant a second time for its class maps, if it has any.
 
     Raises:
         PackageError: the folder is not a package, or is damaged.
@@ -138,7 +147,9 @@ def open_predictor(
         package.manifest.variants[variant].kind == "openvino"
     )
     predict = open_workers(
-        partial(open_served, package, variant), Setting(workers, threads), shared=not is_openvino
+        partial(open_served, package, variant, device=device),
+        Setting(workers, threads),
+        shared=not is_openvino,
     )
     entry = package.manifest.variants[variant]
     if check and entry.parity is not None:
@@ -166,7 +177,17 @@ def open_predictor(
         workers=workers,
         temperature=package.temperature,
         name=package.manifest.name,
+        variant=variant,
+        device=device,
+        maps=_maps(package, variant, threads, device) if explains else None,
     )
+
+
+def _maps(package: Package, variant: str, threads: int, device: Device) -> MapModel | None:
+    entry = package.manifest.variants[variant]
+    if entry.kind != "onnx" or entry.head is None or len(entry.outputs) < 2:
+        return None
+    return open_maps(package, variant, threads, device)
 
 
 def open_variant(
@@ -212,4 +233,5 @@ def open_variant(
         model_id=package.id,
         temperature=package.temperature,
         name=package.manifest.name,
+        variant="torch" if variant == "auto" else variant,
     )

@@ -15,6 +15,7 @@ import fieldmark
 from fieldmark.errors import FieldmarkError
 from fieldmark.measure import softmax
 from fieldmark.preprocess import Pixels
+from fieldmark.serving.door import count_images
 from fieldmark.serving.intake import deadline_of, read_body
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.presence import unless_gone
@@ -48,7 +49,8 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Say that the model is loaded and checked."""
-        return {"ready": bool(service.predictor)}
+        service.must_be_ready()
+        return {"ready": True}
 
     @router.get("")
     @router.get("/", include_in_schema=False)
@@ -86,6 +88,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
     @router.get(path + "/ready")
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Say that the model is loaded and checked."""
+        service.must_be_ready()
         return {"name": _found(service, name, version).name, "ready": True}
 
     @router.post(path + "/infer")
@@ -93,7 +96,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         """Infer: JSON, or JSON and binary tensors, or (with length 0) one encoded image."""
         predictor = _found(service, name, version)
         deadline = deadline_of(request, service.limits)
-        body = await read_body(request, service.limits.max_request_bytes)
+        body = await read_body(request, service, service.limits.max_request_bytes)
         encoding = request.headers.get("content-encoding", "")
         body = inflate(body, encoding, service.limits.max_request_bytes)
         asked = parse_inference(body, request.headers.get(LENGTH_HEADER))
@@ -101,6 +104,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
             deadline = min(deadline, time.monotonic() + asked.timeout_us / 1e6)
         images = _images(asked, predictor, service.limits.max_images)
         outputs = _outputs(asked, predictor)
+        count_images(request, service, len(images))
         found = await unless_gone(request, service.logits(images, deadline))
         for index, row in enumerate(found):
             if isinstance(row, Exception):

@@ -44,9 +44,8 @@ class Busy(RequestError):
     code = "busy"
     http_status = 429
 
-    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
-        self.reason = reason  # one of few words, for metrics
         self.retry_after_s = retry_after_s
 
 
@@ -80,12 +79,23 @@ class PredictionBody(BaseModel):
     probability: float = Field(ge=0, le=1)
 
 
+class ExplanationBody(BaseModel):
+    """What the likeliest class rests on."""
+
+    class_name: str
+    png: str = Field(
+        description="Base64 of a picture: the image as the model saw it, in grey, red where it "
+        "spoke for the class and blue where against it."
+    )
+
+
 class ClassifyBody(BaseModel):
     """The answer for one image."""
 
     model: str = Field(description="Id of the package: the SHA-256 of its manifest.")
     preprocessing: str = Field(description="SHA-256 of the preprocessing's specification.")
     predictions: list[PredictionBody] = Field(description="The likeliest first.")
+    explanation: ExplanationBody | None = None
 
 
 class NotAlive(RequestError):
@@ -109,6 +119,7 @@ class ItemBody(BaseModel):
     name: str | None = Field(None, description="The file's name, if the request gave one.")
     status: int = Field(description="As if it had come alone: 200, 413, 422, 500 or 504.")
     predictions: list[PredictionBody] | None = None
+    explanation: ExplanationBody | None = None
     error: ErrorDetail | None = None
 
 
@@ -208,6 +219,13 @@ def add_error_handlers(app: FastAPI) -> None:
         return _reply(
             request, 400, "client_disconnected", "the body must arrive completely. It did not."
         )
+
+
+def error_reply(
+    request: Request, error: FieldmarkError, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return the answer to a request that ends with an error which its client may know."""
+    return _reply(request, error.http_status, error.code, str(error), headers)
 
 
 def unexpected_reply(request: Request) -> JSONResponse:

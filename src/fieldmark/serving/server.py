@@ -1,27 +1,40 @@
 """The process that serves: a socket, a model loaded beside it, and an end on SIGTERM or Ctrl-C."""
 
+import asyncio
+import contextlib
 import errno
+import logging
+import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, PackageError
+from fieldmark.packaging.load import choose_device
 from fieldmark.packaging.manifest import open_package
 from fieldmark.runtime import log
 from fieldmark.serving.app import create_app
+from fieldmark.serving.connections import Connections
+from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.keys import Keys
+from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor
-from fieldmark.serving.preference import choose_served
-from fieldmark.serving.service import Limits
+from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
+from fieldmark.serving.service import Service
 
 END_WITHIN_S = 30  # requests still running then are cut off
+_WARM_ROUNDS = 3  # the first is slower, as buffers are made
 
 
 def serve(
@@ -31,57 +44,116 @@ def serve(
     port: int = 8000,
     variant: str = "auto",
     threads: int = 0,
+    device: str = "auto",
     check: bool = True,
     limits: Limits | None = None,
+    keys: Path | None = None,
     announce: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Serve a package over HTTP until SIGTERM or SIGINT, then finish what runs and return.
 
-    /livez answers at once; /readyz, and the line with the URL, when the model is checked.
+    /livez answers at once; /readyz, and the line with the URL, when the model is checked and warm.
+    SIGTERM turns /readyz off and keeps on serving for `limits.drain_s`, so that whoever sends
+    requests has time to notice; then, or at once on SIGINT or a second SIGTERM, no connection is
+    taken any more and what was asked is answered.
 
     Args:
         port: 0 takes a free one.
         variant: auto takes what this machine prefers (see `preference`), else onnx.
         threads: of the model; 0: those that the preferred variant was fastest with, or all cores.
+        device: auto, cpu or cuda; auto takes cuda where onnxruntime can start there.
         check: as in `open_predictor`.
         limits: what the service takes; None: as by default.
-        announce: called with {"url", "model"} once the service is ready.
+        keys: a file of API keys, of which each request must carry one; None: none is asked for.
+        announce: called with {"url", "model", "variant", "device"} once the service is ready.
 
     Raises:
-        ConfigError: the address cannot be served on.
+        ConfigError: the address cannot be served on, or there is no such device or file of keys.
         PackageError, CheckFailed: the package cannot be opened, or fails its golden samples.
     """
+    limits = limits or Limits()
+    choose_device(device)
+    known = None if keys is None else Keys(keys)
     with listen(host, port) as listener:
         loaded: Future[Predictor] = Future()
-        app = create_app(loaded, limits=limits)
-        server = _server(app)
+        cost = BatchCost()
+        app = create_app(loaded, limits=limits, keys=known, cost=cost)
+        server = _Server(app, app.state.service)
 
         def load() -> None:
             try:
-                chosen = choose_served(open_package(package_path), variant, threads)
-                setting = chosen.setting
-                predictor = open_predictor(
-                    package_path, chosen.variant, setting.threads, check, setting.workers
-                )
+                predictor, why = _open(package_path, variant, threads, device, check)
+                warm_up(predictor, limits.max_batch_size, cost)
             except BaseException as error:  # noqa: BLE001  # raised again by the main thread
                 loaded.set_exception(error)
                 server.should_exit = True
             else:
                 loaded.set_result(predictor)
-                url = url_of(listener)
-                if announce is not None:
-                    announce({"url": url, "model": predictor.model_id})
-                log.say(
-                    f"Serving {package_path} at {url} (try it at {url}/docs) with variant "
-                    f"{chosen.variant}, {setting.words()} ({chosen.why}). Ask it: "
-                    f"curl --data-binary @image.jpg '{url}/v1/classify?top_k=1'"
-                )
+                _say_ready(package_path, url_of(listener), predictor, why, announce)
 
         with _signals_end(server):
             threading.Thread(target=load, name="load").start()
             server.run(sockets=[listener])
         app.state.service.close()
         loaded.result()  # raises what loading raised
+
+
+def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
+    """Run batches of several sizes, so that no request meets a cold model, and learn their cost."""
+    spec, draw = predictor.preprocess, np.random.default_rng(0)
+    for size in sorted({1, -(-max_batch_size // 2), max_batch_size}):
+        shape = (size, spec.height_px, spec.width_px, 3)
+        images = draw.integers(0, 256, shape, dtype=np.uint8)
+        for round_ in range(_WARM_ROUNDS):
+            started = time.monotonic()
+            predictor.logits(images)
+            if round_:
+                cost.add(size, time.monotonic() - started)
+
+
+def _open(
+    package_path: str | Path, variant: str, threads: int, device: str, check: bool
+) -> tuple[Predictor, str]:
+    """Return the predictor to serve with, and why it is that one."""
+    if choose_device(device) == "cuda":
+        name = DEFAULT_VARIANT if variant == "auto" else variant
+        try:
+            # The threads of the CPU only feed it.
+            found = open_predictor(package_path, name, threads or 1, check, 1, "cuda", True)
+            return found, "the device asked for" if device == "cuda" else "it is there"
+        except PackageError as error:
+            if device == "cuda":
+                raise
+            log.warn(f"serving on the cpu instead of cuda. {error}")
+    chosen = choose_served(open_package(package_path), variant, threads)
+    setting = chosen.setting
+    found = open_predictor(
+        package_path, chosen.variant, setting.threads, check, setting.workers, "cpu", True
+    )
+    return found, f"{setting.words()}: {chosen.why}"
+
+
+def _say_ready(
+    package_path: str | Path,
+    url: str,
+    predictor: Predictor,
+    why: str,
+    announce: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    facts = {
+        "url": url,
+        "model": predictor.model_id,
+        "variant": predictor.variant,
+        "device": predictor.device,
+    }
+    if announce is not None:
+        announce(facts)
+    log.event("ready", package=str(package_path), why=why, **facts)
+    log.say(
+        f"Serving {package_path} at {url} (try it at {url}/docs) with variant "
+        f"{predictor.variant} on {predictor.device} ({why}). Ask it: "
+        f"curl --data-binary @image.jpg '{url}/v1/classify?top_k=1'"
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -113,20 +185,92 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _server(app: FastAPI) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=END_WITHIN_S,
-    )
-    return uvicorn.Server(config)
+class _Server(uvicorn.Server):
+    """uvicorn's server, which drains before it ends and loses no request that reached it."""
+
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        self._service = service
+        self._ends_at = math.inf  # time.monotonic()
+        connections = Connections(service.limits, service.metrics.refused)
+        service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=connections.protocol,  # type: ignore[arg-type]  # called like the class
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=service.limits.idle_timeout_s,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=END_WITHIN_S,
+        )
+        _log_as_ours(logging.getLogger("uvicorn.error"))
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first SIGTERM to a service that is ready; else end."""
+        service = self._service
+        is_first = not service.is_draining and not self.should_exit
+        if sig == signal.SIGTERM and is_first and service.is_ready and service.limits.drain_s:
+            service.is_draining = True
+            self._ends_at = time.monotonic() + service.limits.drain_s
+            log.event("draining", seconds=service.limits.drain_s)
+            # uvicorn raises it again after the end, as it does with those that it handles itself.
+            self._captured_signals.append(sig)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether to end now."""
+        if time.monotonic() >= self._ends_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the connections that the system has accepted already, then end as uvicorn does."""
+        self._service.is_draining = True
+        waiting = [one for listener in sockets or [] for one in _accept_rest(listener)]
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        for one in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, one)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+
+
+def _accept_rest(listener: socket.socket) -> list[socket.socket]:
+    """Return the connections that wait to be accepted: closing the listener would reset them."""
+    found = []
+    listener.setblocking(False)
+    with contextlib.suppress(OSError):  # none is left, or there are too many open files
+        while True:
+            found.append(listener.accept()[0])
+    for one in found:
+        one.setblocking(False)
+    return found
+
+
+class _ToLog(logging.Handler):
+    """What a library logs, as a note of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.warn(self.format(record))
+
+
+def _log_as_ours(logger: logging.Logger) -> None:
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.handlers = [_ToLog()]
 
 
 @contextmanager

@@ -9,31 +9,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from fieldmark.preprocess import MAX_PIXELS, Pixels
-from fieldmark.runtime.cpu import num_cores
-from fieldmark.serving.batcher import Batcher, BatchReport, Logits
-from fieldmark.serving.predictor import Predictor
-from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady
+import numpy as np
 
-MAX_TIMEOUT_S = 60.0  # that a client can ask for
-HTTP_FORMATS = ("JPEG", "PNG", "WEBP")
+from fieldmark.preprocess import Pixels
+from fieldmark.runtime.cpu import num_cores
+from fieldmark.serving.batcher import Batcher, Logits
+from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.heat import heat_png
+from fieldmark.serving.limits import HTTP_FORMATS, Limits
+from fieldmark.serving.metrics import Metrics
+from fieldmark.serving.predictor import Predictor
+from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the service takes, and how long it tries."""
+class Answer:
+    """An image's logits, and where it was asked for a picture of what spoke for its class."""
 
-    max_body_bytes: int = 10_000_000  # of an image
-    max_request_bytes: int = 64_000_000  # of a request with several
-    max_pixels: int = MAX_PIXELS
-    max_images: int = 32  # of one request
-    max_inside: int = 256  # images waiting, decoding or in the model
-    max_inside_bytes: int = 256_000_000  # of their encoded bytes
-    timeout_s: float = 10.0  # of a request that names none
-    max_timeout_s: float = MAX_TIMEOUT_S
-    max_batch_size: int = 8
-    max_wait_s: float = 0.0  # for a batch to fill
-    hung_after_s: float = 60.0  # one batch this long in the model means that it hangs
+    logits: Logits
+    png: bytes | None = None
 
 
 class Service:
@@ -43,21 +37,26 @@ class Service:
         self,
         predictor: Predictor | Future[Predictor],
         limits: Limits,
-        report: Callable[[BatchReport], None] = lambda _: None,
+        cost: BatchCost | None = None,
     ) -> None:
         """Make a service that answers once `predictor` is there.
 
         Args:
-            report: is told of each batch.
+            cost: what is known of the cost of a batch by then; it goes on learning.
         """
         self.limits = limits
+        self.metrics = Metrics()
+        self.is_draining = False
         self._predictor = predictor
-        self._report = report
+        self._cost = cost
         self._decoders = ThreadPoolExecutor(num_cores(), thread_name_prefix="image")
+        self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._batcher: Batcher | None = None
         self._num_inside = 0
         self._bytes_inside = 0
+        self._bytes_arriving = 0
         self._decode_s = 0.0  # of an image, a moving average
+        self._add_gauges()
 
     @property
     def predictor(self) -> Predictor:
@@ -78,8 +77,10 @@ class Service:
                 workers=self.predictor.workers,
                 max_batch_size=self.limits.max_batch_size,
                 max_wait_s=self.limits.max_wait_s,
-                report=self._report,
+                report=self.metrics.batch,
+                cost=self._cost,
             )
+            self.metrics.model(self.predictor)
         return self._batcher
 
     @property
@@ -89,9 +90,25 @@ class Service:
 
     def close(self) -> None:
         """Give up what is still inside."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoders, self._explainer):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._batcher is not None:
             self._batcher.close()
+
+    def must_be_ready(self) -> Predictor:
+        """Return the model, or raise NotReady where new requests should go elsewhere."""
+        if self.is_draining:
+            raise NotReady("the service must not be ending. It is: ask another.")
+        return self.predictor
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        try:
+            self.must_be_ready()
+        except NotReady:
+            return False
+        return True
 
     def must_live(self) -> None:
         """Raise NotAlive where nothing will be answered any more."""
@@ -99,6 +116,18 @@ class Service:
             problem = self._batcher.problem(self.limits.hung_after_s)
             if problem is not None:
                 raise NotAlive(f"{problem}. Restart the service.")
+
+    def arrive(self, num_bytes: int) -> None:
+        """Count bytes of a body that is being read; below 0, those of one that was.
+
+        Raises:
+            Busy: too many are arriving at once.
+        """
+        if num_bytes > 0 and self._bytes_arriving + num_bytes > self.limits.max_reading_bytes:
+            raise self.busy(
+                "too many bodies arrive at the same time. Retry later.", "arriving_full", 1.0
+            )
+        self._bytes_arriving += num_bytes
 
     def predicted_s(self, num_images: int) -> float:
         """Return how long so many images on top of those inside would take; 0: not yet known.
@@ -123,59 +152,80 @@ class Service:
             Busy: there is no room, or the deadline would be missed.
             NotReady: there is no model yet.
         """
+        found = await self.answers(images, deadline)
+        return [one if isinstance(one, Exception) else one.logits for one in found]
+
+    async def answers(
+        self, images: Sequence[bytes | Pixels], deadline: float, explain: bool = False
+    ) -> list[Answer | Exception]:
+        """Return what `logits` does, with a picture of each where it is to `explain`.
+
+        A picture costs a second pass, so it is admitted as a second image; the predictor must have
+        `maps`.
+        """
         num_bytes = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in images)
-        self._admit(len(images), num_bytes, deadline)
+        places = len(images) * (2 if explain else 1)
+        self._admit(places, num_bytes, deadline)
         try:
-            tasks = [asyncio.create_task(self._one(image, deadline)) for image in images]
+            tasks = [asyncio.create_task(self._one(image, deadline, explain)) for image in images]
             try:
                 async with asyncio.timeout_at(_loop_time(deadline)):
-                    return await asyncio.gather(*tasks, return_exceptions=True)  # type: ignore[return-value]
+                    await asyncio.gather(*tasks, return_exceptions=True)
             except TimeoutError:
-                return [_outcome(task) for task in tasks]
+                pass
+            except asyncio.CancelledError:
+                self.metrics.refused("client_gone")
+                raise
             finally:
                 for task in tasks:
                     task.cancel()
         finally:
-            self._num_inside -= len(images)
+            self._num_inside -= places
             self._bytes_inside -= num_bytes
+        found = [_outcome(task) for task in tasks]
+        for outcome in found:
+            self.metrics.image(to_error(outcome)[0] if isinstance(outcome, Exception) else 200)
+        return found
 
     def _admit(self, num_images: int, num_bytes: int, deadline: float) -> None:
         limits, predicted = self.limits, self.predicted_s(num_images)
         left = deadline - time.monotonic()
         if self._num_inside + num_images > limits.max_inside:
-            raise Busy(
+            raise self.busy(
                 f"at most {limits.max_inside} images may wait. Got {num_images} more. Retry later.",
-                reason="queue_full",
-                retry_after_s=self._retry_after(predicted / 2),
+                "queue_full",
+                predicted / 2,
             )
         if self._bytes_inside and self._bytes_inside + num_bytes > limits.max_inside_bytes:
-            raise Busy(
+            raise self.busy(
                 "the images that wait have too many bytes together. Retry later.",
-                reason="bytes_full",
-                retry_after_s=self._retry_after(predicted / 2),
+                "bytes_full",
+                predicted / 2,
             )
         if self._num_inside and predicted > left:
-            raise Busy(
+            raise self.busy(
                 f"the answer must come within {max(left, 0):.3g} s. It would take about "
                 f"{predicted:.3g} s. Retry later, or allow more time.",
-                reason="deadline",
-                retry_after_s=self._retry_after(predicted - left),
+                "deadline",
+                predicted - left,
             )
         self._num_inside += num_images
         self._bytes_inside += num_bytes
 
-    @staticmethod
-    def _retry_after(seconds: float) -> int:
-        """Return whole seconds, as the header wants them, until there should be room."""
-        return max(1, math.ceil(seconds))
+    def busy(self, message: str, reason: str, wait_s: float) -> Busy:
+        """Return a refusal, counted. `reason` is one of few words; whole seconds are sent."""
+        self.metrics.refused(reason)
+        return Busy(message, retry_after_s=max(1, math.ceil(wait_s)))
 
-    async def _one(self, image: bytes | Pixels, deadline: float) -> Logits:
-        if not isinstance(image, bytes):
-            return await self.batcher.logits(image, deadline)
-        pixels = await asyncio.get_running_loop().run_in_executor(
-            self._decoders, partial(self._decode, image, deadline)
-        )
-        return await self.batcher.logits(pixels, deadline)
+    async def _one(self, image: bytes | Pixels, deadline: float, explain: bool) -> Answer:
+        run = asyncio.get_running_loop().run_in_executor
+        if isinstance(image, bytes):
+            image = await run(self._decoders, partial(self._decode, image, deadline))
+        logits = await self.batcher.logits(image, deadline)
+        if not explain:
+            return Answer(logits)
+        draw = partial(self._draw, image, int(np.argmax(logits)), deadline)
+        return Answer(logits, await run(self._explainer, draw))
 
     def _decode(self, encoded: bytes, deadline: float) -> Pixels:
         started = time.monotonic()
@@ -189,7 +239,31 @@ class Service:
         )
         seconds = time.monotonic() - started
         self._decode_s += (seconds - self._decode_s) * (0.1 if self._decode_s else 1.0)
+        self.metrics.decoded(seconds)
         return pixels
+
+    def _draw(self, pixels: Pixels, class_index: int, deadline: float) -> bytes:
+        if time.monotonic() > deadline:
+            raise Late.before_the_model(time.monotonic() - deadline)
+        model = self.predictor.maps
+        if model is None:
+            raise NotReady("the model must give its features to be explained. It does not.")
+        _, features = model.run(pixels[None])
+        return heat_png(pixels, model.maps(features, [class_index])[0, 0])
+
+    def _add_gauges(self) -> None:
+        def of_batcher(read: Callable[[Batcher], float]) -> Callable[[], float]:
+            return lambda: 0.0 if self._batcher is None else read(self._batcher)
+
+        gauge = self.metrics.gauge
+        gauge("ready", "1 where requests should be sent.", lambda: self.is_ready)
+        gauge("images_inside", "Images waiting or in work.", lambda: self._num_inside)
+        gauge("bytes_arriving", "Of bodies being read.", lambda: self._bytes_arriving)
+        gauge("batch_max_images", "Most in a batch.", lambda: self.limits.max_batch_size)
+        waiting = of_batcher(lambda batcher: batcher.num_waiting)
+        gauge("queue_images", "Images waiting for the model.", waiting)
+        oldest = of_batcher(lambda batcher: batcher.oldest_s())
+        gauge("queue_age_seconds", "How long the first of them has waited.", oldest)
 
 
 def _loop_time(deadline: float) -> float | None:
@@ -199,7 +273,7 @@ def _loop_time(deadline: float) -> float | None:
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
-def _outcome(task: "asyncio.Task[Logits]") -> Logits | Exception:
+def _outcome(task: "asyncio.Task[Answer]") -> Answer | Exception:
     if not task.done() or task.cancelled():
         return Late("the answer must come before its deadline. It did not. Allow more time.")
     error = task.exception()

@@ -21,8 +21,9 @@ from PIL import Image
 from fieldmark.errors import CheckFailed, ImageError
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.app import create_app
+from fieldmark.serving.limits import HTTP_FORMATS, Limits
 from fieldmark.serving.replies import Busy
-from fieldmark.serving.service import HTTP_FORMATS, Limits, Service
+from fieldmark.serving.service import Service
 
 URL = "/v1/classify"
 
@@ -447,7 +448,7 @@ def test_the_service_is_bounded_and_places_are_given_back(make_predictor, encode
         return np.zeros((len(pixels), 3), np.float32)
 
     async def fill():
-        service = Service(make_predictor(slow), Limits(max_inside=3))
+        service = Service(make_predictor(slow), Limits(max_inside=3, max_images=3))
         red = encode("red")
         inside = [asyncio.create_task(service.logits([red], math.inf)) for _ in range(3)]
         await asyncio.sleep(0.05)
@@ -464,7 +465,7 @@ def test_the_service_is_bounded_and_places_are_given_back(make_predictor, encode
 
 
 def test_too_many_at_once_are_refused_with_429(make_predictor, encode):
-    app = create_app(make_predictor(), limits=Limits(max_inside=2))
+    app = create_app(make_predictor(), limits=Limits(max_inside=2, max_images=2))
     replies, _ = together(app, [encode("red")] * 6)
     statuses = [reply.status_code for reply in replies]
     assert set(statuses) == {200, 429}

@@ -11,8 +11,9 @@ import pytest
 from fieldmark.errors import ModelError
 from fieldmark.serving.batcher import Batcher
 from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.limits import Limits
 from fieldmark.serving.replies import Busy, Late
-from fieldmark.serving.service import Limits, Service
+from fieldmark.serving.service import Service
 
 POISON = 255
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from fieldmark.errors import BodyTooLarge
 from fieldmark.serving.app import create_app
-from fieldmark.serving.service import Limits
+from fieldmark.serving.limits import Limits
 from fieldmark.serving.tensors import inflate
 
 INFER = "/v2/models/model/infer"

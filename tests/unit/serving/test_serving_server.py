@@ -6,9 +6,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,49 +13,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
+from served import Served
 
-from fieldmark.errors import CheckFailed, ConfigError
-from fieldmark.serving.server import listen, serve, url_of
-
-SERVE = "import sys; from fieldmark.serving.server import serve; serve(sys.argv[1], port=0)"
-
-
-class Served:
-    """A process that serves, and the one line that it prints when it is ready."""
-
-    def __init__(self, *arguments, script=SERVE):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def url(self):
-        self.line = self.process.stderr.readline()
-        found = re.search(r" at (http://127\.0\.0\.1:\d+) ", self.line)
-        if not found:
-            self.process.kill()  # or reading the rest would wait for its end
-            pytest.fail(self.line + self.process.stderr.read())
-        return found[1]
-
-    def end(self, number):
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self):
-        status = self.process.wait(20)
-        self.rest = self.process.stderr.read()
-        return status
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        self.process.stderr.close()
+from fieldmark.errors import CheckFailed, ConfigError, PackageError
+from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.server import _open, listen, serve, url_of, warm_up
 
 
 def test_serves_answers_like_alone_and_ends_on_sigterm(tiny_package, encode, make_predictor):
@@ -107,7 +69,8 @@ def test_announces_and_ends_on_sigint_and_frees_its_port(tiny_package):
         facts = json.loads(served.process.stderr.readline())
         url = served.url()
         port = int(url.rpartition(":")[2])
-        assert facts == {"url": url, "model": httpx.get(f"{url}/readyz").json()["model"]}
+        model = httpx.get(f"{url}/readyz").json()["model"]
+        assert facts == {"url": url, "model": model, "variant": "onnx", "device": "cpu"}
         assert served.end(signal.SIGINT) == 0
         assert served.rest == ""
     with listen("127.0.0.1", port):
@@ -143,41 +106,100 @@ def test_alive_but_not_ready_while_the_model_loads(tiny_package, tmp_path):
         with httpx.Client(base_url=url) as client:
             assert client.get("/livez").status_code == 200
             assert client.get("/readyz").status_code == 503
+            assert "fieldmark_ready 0.0" in client.get("/metrics").text
             go.touch()
             deadline = time.monotonic() + 10
             while client.get("/readyz").status_code != 200:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         assert served.url() == url  # the line comes when it is ready
-        assert served.end(signal.SIGTERM) == 0
+        assert served.end(signal.SIGINT) == 0
 
 
 SLOW = """
-    import sys, time
+    import json, sys, time
     from fieldmark.serving import server
-    open_predictor = server.open_predictor
-    def slow(*arguments):
-        predictor = open_predictor(*arguments)
+    from fieldmark.serving.limits import Limits
+    warm_up = server.warm_up
+    def slowed(predictor, *rest):
+        warm_up(predictor, *rest)
         predict = predictor.predict
         def wait(pixels):
             print("in the model", file=sys.stderr, flush=True)
             time.sleep(0.4)
             return predict(pixels)
         object.__setattr__(predictor, "predict", wait)
-        return predictor
-    server.open_predictor = slow
-    server.serve(sys.argv[1], port=0)
+    server.warm_up = slowed
+    server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
 """
 
 
-def test_sigterm_lets_a_request_finish(tiny_package, encode):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_request_finish(tiny_package, encode, number):
     with Served(tiny_package, script=SLOW) as served, ThreadPoolExecutor(1) as pool:
         url = served.url()
         answer = pool.submit(httpx.post, f"{url}/v1/classify", content=encode("red"))
         assert served.process.stderr.readline() == "in the model\n"
-        assert served.end(signal.SIGTERM) == 0
+        assert served.end(number) == 0
         assert answer.result().json()["predictions"][0]["class_name"] == "red"
         assert served.rest == ""
+
+
+def test_sigterm_turns_readiness_off_and_goes_on_serving_for_a_while(tiny_package, encode):
+    with Served(tiny_package, drain_s=2) as served, httpx.Client() as client:
+        url = served.url()
+        assert "connection" not in client.get(f"{url}/readyz").headers
+        signalled = time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        while client.get(f"{url}/readyz").status_code == 200:
+            assert time.monotonic() < signalled + 2
+        for path in ("/readyz", "/v2/health/ready"):
+            refused = client.get(url + path)
+            assert refused.status_code == 503
+            assert refused.headers["connection"] == "close"
+        assert client.get(f"{url}/livez").status_code == 200
+        answer = client.post(f"{url}/v1/classify", content=encode("red"))
+        assert answer.json()["predictions"][0]["class_name"] == "red"
+        assert served.wait() == 0
+        assert time.monotonic() >= signalled + 2
+        assert served.rest == ""
+
+
+def test_a_second_sigterm_ends_the_wait(tiny_package):
+    with Served(tiny_package, drain_s=60) as served:
+        url = served.url()
+        served.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while httpx.get(f"{url}/readyz").status_code == 200:
+            assert time.monotonic() < deadline
+        assert served.end(signal.SIGTERM) == 0
+
+
+def test_a_request_that_is_on_its_way_when_the_service_ends_is_answered(tiny_package):
+    """Its connection is open and its first byte comes only after the listener is closed."""
+    with Served(tiny_package) as served, socket.create_connection(served.address()) as client:
+        served.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        address = client.getpeername()
+        while True:
+            try:
+                socket.create_connection(address).close()
+            except OSError:
+                break
+            assert time.monotonic() < deadline
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+        client.settimeout(10)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"connection: close" in answer.lower()
+        assert served.wait() == 0
+
+
+def test_a_cold_model_is_warmed_and_its_cost_known_before_the_first_request(make_predictor):
+    predictor, cost = make_predictor(), BatchCost()
+    warm_up(predictor, 8, cost)
+    assert cost.is_known
+    assert cost.seconds(8, 8) > 0
 
 
 EARLY = """
@@ -196,6 +218,75 @@ EARLY = """
 def test_sigterm_before_the_server_runs_is_not_lost(tiny_package):
     with Served(tiny_package, script=EARLY) as served:
         assert served.wait() == 0
+
+
+JSON_LOG = """
+    import sys
+    from fieldmark.runtime import log
+    from fieldmark.serving.server import serve
+    log.use_json()
+    serve(sys.argv[1], port=0)
+"""
+
+
+def test_a_log_for_machines_has_a_line_for_each_request(tiny_package, encode):
+    with Served(tiny_package, script=JSON_LOG) as served:
+        ready = json.loads(served.process.stderr.readline())
+        assert (ready["event"], ready["device"]) == ("ready", "cpu")
+        url = ready["url"] + "/v1/classify"
+        assert json.loads(served.process.stderr.readline())["message"].startswith("Serving ")
+        secret = "not for the log"
+        headers = {"X-Request-Id": "mine", "Authorization": f"Bearer {secret}"}
+        assert httpx.post(url, content=encode("red"), headers=headers).status_code == 200
+        assert httpx.post(url, content=secret.encode()).status_code == 422
+        assert httpx.get(f"{ready['url']}/{secret}").status_code == 404
+        assert served.end(signal.SIGINT) == 0
+        first, second, third = map(json.loads, served.rest.splitlines())
+        assert set(first) == {
+            *("time", "level", "event", "request_id", "method", "route", "status"),
+            *("seconds", "images"),
+        }
+        assert (first["request_id"], first["status"], first["images"]) == ("mine", 200, 1)
+        assert (second["route"], second["status"]) == ("/v1/classify", 422)
+        assert (third["route"], third["status"]) == ("other", 404)
+        assert secret not in served.rest
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device must be auto, cpu or cuda. Got 'tpu'"),
+        pytest.param(
+            "cuda",
+            "Install onnxruntime-gpu",
+            marks=pytest.mark.skipif(
+                "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
+                reason="this onnxruntime was built for CUDA",
+            ),
+        ),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(tiny_package, device, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(tiny_package, port=0, device=device)
+
+
+def test_a_provider_that_does_not_start_is_no_silent_fallback(tiny_package, monkeypatch, capsys):
+    """As onnxruntime does where CUDA's libraries are missing: a warning, and the CPU."""
+    kept = onnxruntime.InferenceSession
+
+    def falls_back(model, options, providers):
+        return kept(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", falls_back)
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: both)
+    with pytest.raises(PackageError, match="must run on cuda"):
+        serve(tiny_package, port=0, device="cuda")
+    assert capsys.readouterr().err == ""
+    predictor, _ = _open(tiny_package, "auto", 0, "auto", True)
+    assert predictor.device == "cpu"
+    assert "serving on the cpu instead of cuda" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(60)

@@ -1,0 +1,227 @@
+"""Connections that nobody can hold for ever: deadlines for reading and writing, and a cap.
+
+uvicorn has a timer for a connection between two requests and none for one within: a client that
+sends a byte now and then would keep it. Here each phase of a connection has its own deadline, and
+when there are too many connections the one that has been reading longest makes room, so that slow
+clients are in the way of each other and not of a fast one.
+
+    header -> body -> answer -> idle -> header ...
+"""
+
+import asyncio
+import json
+import resource
+from collections.abc import Callable
+from typing import Any, Literal
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fieldmark.runtime import log
+from fieldmark.serving.limits import Limits
+
+Phase = Literal["header", "body", "answer", "idle"]
+LAST_CALL_S = 0.5  # for a request that is already on its way when the service ends
+_SPARE_FILES = 128  # beside the connections: the model, the log, what libraries open
+
+
+class Connections:
+    """All connections of the service. Everything belongs to one event loop."""
+
+    def __init__(
+        self, limits: Limits, refused: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        """Begin without a connection.
+
+        Args:
+            refused: is told why a connection was ended or turned away, in one of few words:
+                slow_header, slow_body, slow_reader, crowded, bad_http.
+        """
+        self.limits = limits
+        self.refused = refused
+        self.max_open = room_for_connections(limits.max_connections)
+        # In the order in which they began to: dicts keep it, and forget one of many at once.
+        self._reading: dict[_Guarded, None] = {}
+        self._idle: dict[_Guarded, None] = {}
+        self._open: set[_Guarded] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def protocol(self, **options: Any) -> "_Guarded":
+        """Return the protocol of a new connection, for uvicorn."""
+        return _Guarded(self, **options)
+
+    def add(self, one: "_Guarded") -> bool:
+        """Take a connection, at the cost of a slower one; False: there is no room."""
+        if len(self._open) >= self.max_open:
+            slowest = next(iter(self._reading or self._idle), None)
+            if slowest is None:
+                return False
+            slowest.end("crowded")
+        self._open.add(one)
+        return True
+
+    def enter(self, one: "_Guarded", phase: Phase) -> None:
+        """Note that a connection is in another phase now."""
+        self._reading.pop(one, None)
+        self._idle.pop(one, None)
+        if phase == "idle":
+            self._idle[one] = None
+        elif phase != "answer":
+            self._reading[one] = None
+
+    def discard(self, one: "_Guarded") -> None:
+        """Forget a connection that was closed."""
+        self._open.discard(one)
+        self._reading.pop(one, None)
+        self._idle.pop(one, None)
+
+
+class _Guarded(H11Protocol):
+    """uvicorn's protocol, with a deadline for each phase."""
+
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._all = connections
+        self._phase: tuple[Phase, object] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if not self._all.add(self):
+            self._all.refused("crowded")
+            self._say(503, "crowded", "the service has too many connections. Retry later.")
+            return
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        self._all.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        self._all.refused("bad_http")
+        self._say(400, "bad_http", "the request must be HTTP/1.1. It cannot be read.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            seconds = self._all.limits.write_timeout_s
+            self._write_timer = self.loop.call_later(seconds, self.end, "slow_reader")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def shutdown(self) -> None:
+        """Answer what is being asked, and what is on its way; then close."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+            return
+        self._cancel()
+        # A request that begins before then takes the timer's place, and is answered.
+        self._timer = self.loop.call_later(LAST_CALL_S, self.transport.close)
+
+    def end(self, reason: str) -> None:
+        """Close the connection; a client that was sending a request is told why."""
+        self._all.refused(reason)
+        self._all.discard(self)
+        is_sending = self._phase is not None and self._phase[0] in ("header", "body")
+        has_begun = bool(self.conn.trailing_data[0]) or self._phase_is("body")
+        if is_sending and has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            slow = "the request must arrive sooner. It did not. Send it again."
+            self._say(408, reason, slow)
+        else:
+            self._cancel()
+            self.transport.abort()
+
+    def _phase_is(self, phase: Phase) -> bool:
+        return self._phase is not None and self._phase[0] == phase
+
+    def _look(self) -> None:
+        """Set the deadline of the phase that the connection has come to."""
+        if self.transport.is_closing():
+            return
+        phase = self._found_phase()
+        # By the request, too: the body of the next one has a deadline of its own.
+        if self._phase == (phase, self.cycle):
+            return
+        self._phase = (phase, self.cycle)
+        self._all.enter(self, phase)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        limits = self._all.limits
+        if phase == "header":
+            seconds = limits.header_timeout_s
+            self._timer = self.loop.call_later(seconds, self.end, "slow_header")
+        elif phase == "body":
+            self._timer = self.loop.call_later(limits.body_timeout_s, self.end, "slow_body")
+
+    def _found_phase(self) -> Phase:
+        theirs = self.conn.their_state
+        if theirs is h11.SEND_BODY:
+            return "body"
+        if theirs is h11.IDLE:
+            is_first = self.cycle is None
+            return "header" if is_first or self.conn.trailing_data[0] else "idle"
+        return "answer"
+
+    def _cancel(self) -> None:
+        for timer in (self._timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._write_timer = None
+        self._unset_keepalive_if_required()
+
+    def _say(self, status: int, code: str, message: str) -> None:
+        """Answer outside of the app, and close."""
+        self._cancel()
+        body = json.dumps({"error": {"code": code, "message": message}}).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        if status == 503:
+            headers.append(("retry-after", "1"))
+        # h11 has lost track of a request that it could not read, so the bytes are written here.
+        lines = [f"HTTP/1.1 {status} {_PHRASES[status]}", *(f"{k}: {v}" for k, v in headers)]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
+
+
+_PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
+
+
+def room_for_connections(wanted: int) -> int:
+    """Return how many connections the limit on open files leaves room for, after raising it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = wanted + _SPARE_FILES
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (OSError, ValueError):
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = max(1, min(wanted, soft - _SPARE_FILES))
+    if room < wanted:
+        log.warn(
+            f"at most {room} connections instead of {wanted}: this process may open {soft} files. "
+            "Raise it with ulimit -n."
+        )
+    return room

@@ -1,0 +1,112 @@
+"""What the service counts, for Prometheus. Every label has few values: none comes from a client."""
+
+import platform
+from collections.abc import Callable
+
+import onnxruntime
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+
+import fieldmark
+from fieldmark.serving.batcher import BatchReport
+from fieldmark.serving.predictor import Predictor
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The counters of one service."""
+
+    def __init__(self) -> None:
+        own = self._registry = CollectorRegistry()
+        ProcessCollector(registry=own)
+        self._requests = Counter(
+            "fieldmark_requests", "Requests answered.", ["route", "status"], registry=own
+        )
+        self._request_s = Histogram(
+            "fieldmark_request_seconds",
+            "From the headers of a request to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=own,
+        )
+        self._refused = Counter(
+            "fieldmark_refused",
+            "Requests and connections refused, given up or ended, by the reason.",
+            ["reason"],
+            registry=own,
+        )
+        self._images = Counter(
+            "fieldmark_images", "Images answered, by the status of each.", ["status"], registry=own
+        )
+        self._stage_s = Histogram(
+            "fieldmark_stage_seconds",
+            "Of an image being decoded, an image waiting for the model, a batch in the model.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=own,
+        )
+        self._batch_images = Histogram(
+            "fieldmark_batch_images", "Images in a batch.", buckets=_SIZES, registry=own
+        )
+        self._batch_failures = Counter(
+            "fieldmark_batch_failures", "Batches that failed and were run again.", registry=own
+        )
+        Info("fieldmark_build", "Versions.", registry=own).info(
+            {
+                "version": fieldmark.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "python": platform.python_version(),
+            }
+        )
+        self._model = Info("fieldmark_model", "The model that answers.", registry=own)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a value that is read when it is asked for."""
+        Gauge(f"fieldmark_{name}", text, registry=self._registry).set_function(read)
+
+    def model(self, predictor: Predictor) -> None:
+        """Name the model that answers from now on."""
+        self._model.info(
+            {
+                "model": predictor.model_id,
+                "name": predictor.name,
+                "version": predictor.version,
+                "variant": predictor.variant,
+                "device": predictor.device,
+                "preprocessing": predictor.preprocessing,
+            }
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer. `route` is a template of ours, never a client's path."""
+        self._requests.labels(route, str(status)).inc()
+        self._request_s.labels(route).observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """Count what was refused; `reason` is one of few words."""
+        self._refused.labels(reason).inc()
+
+    def image(self, status: int) -> None:
+        """Count an image's answer."""
+        self._images.labels(str(status)).inc()
+
+    def decoded(self, seconds: float) -> None:
+        """Count an image that was decoded."""
+        self._stage_s.labels("decode").observe(seconds)
+
+    def batch(self, report: BatchReport) -> None:
+        """Count a batch."""
+        self._batch_images.observe(report.num_images)
+        self._stage_s.labels("model").observe(report.seconds)
+        for waited in report.waited_s:
+            self._stage_s.labels("queue").observe(waited)
+        if report.failed:
+            self._batch_failures.inc()
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """Return all of it and its content type, in the format that the header Accept prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type

@@ -1,0 +1,169 @@
+"""connections.py: slow clients lose their connection, and fast ones never do."""
+
+import resource
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from served import Served
+
+REQUEST = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
+POST = b"POST /v1/classify HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+
+
+def all_of(client):
+    """What the server still sends, until it closes; a reset is an end, too."""
+    client.settimeout(10)
+    found = b""
+    while True:
+        try:
+            chunk = client.recv(65536)
+        except ConnectionResetError:
+            return found
+        if not chunk:
+            return found
+        found += chunk
+
+
+def refused(url):
+    """The metric that counts connections ended, by reason."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("fieldmark_refused_total{")]
+    return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in found}
+
+
+def connect(url):
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host, int(port)))
+
+
+def drip(client, data, every_s):
+    """Send a byte now and then, until the server hangs up or all is sent; return how many."""
+    for sent in range(len(data)):
+        try:
+            client.send(data[sent : sent + 1])
+        except OSError:
+            return sent
+        time.sleep(every_s)
+    return len(data)
+
+
+def test_headers_that_drip_end_with_408(tiny_package):
+    with Served(tiny_package, header_timeout_s=1) as served:
+        url = served.url()
+        with connect(url) as client:
+            began = time.monotonic()
+            sent = drip(client, REQUEST[:-2] + b"X: " + b"x" * 1000, 0.05)
+            assert sent < 500
+            assert all_of(client).startswith(b"HTTP/1.1 408 ") or sent  # or it was reset first
+            assert time.monotonic() - began < 10
+        assert refused(url) == {"slow_header": 1}
+
+
+def test_a_silent_connection_is_closed(tiny_package):
+    with Served(tiny_package, header_timeout_s=0.5) as served:
+        url = served.url()
+        with connect(url) as client:
+            assert all_of(client) == b""
+        assert refused(url) == {"slow_header": 1}
+
+
+def test_a_body_that_drips_ends_with_408(tiny_package, encode):
+    with Served(tiny_package, body_timeout_s=0.5, header_timeout_s=60) as served:
+        url = served.url()
+        with connect(url) as client:
+            client.sendall(POST % 1000 + b"x")
+            answer = all_of(client)
+            assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+            assert b"slow_body" in answer
+        # Answered before its body is there (it is too large), it may not keep the connection.
+        with connect(url) as client:
+            client.sendall(POST % 20_000_000)
+            assert all_of(client).startswith(b"HTTP/1.1 413 ")
+        assert httpx.post(f"{url}/v1/classify", content=encode("red")).status_code == 200
+        assert refused(url)["slow_body"] >= 1
+
+
+def test_an_answer_that_nobody_takes_ends_the_connection(tiny_package):
+    with Served(tiny_package, write_timeout_s=0.5) as served:
+        url = served.url()
+        with connect(url) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            page = b"GET /openapi.json HTTP/1.1\r\nHost: here\r\n\r\n"
+            client.setblocking(False)
+            deadline = time.monotonic() + 20
+            while not refused(url).get("slow_reader"):
+                assert time.monotonic() < deadline
+                try:
+                    client.send(page * 100)
+                except BlockingIOError:
+                    time.sleep(0.05)
+                except OSError:
+                    break
+        assert refused(url) == {"slow_reader": 1}
+
+
+def test_deadlines_are_of_a_request_and_not_of_its_connection(tiny_package, encode):
+    with Served(tiny_package, header_timeout_s=1, body_timeout_s=1) as served:
+        url = served.url()
+        with connect(url) as client, client.makefile("rb") as reader:
+            body = encode("red")
+            for _ in range(4):
+                client.sendall(POST % len(body))
+                time.sleep(0.3)
+                client.sendall(body)
+                head = b"".join(iter(reader.readline, b"\r\n"))
+                assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+                assert len(reader.read(length)) == length
+                time.sleep(0.3)
+        assert refused(url) == {}
+
+
+def test_junk_is_a_400_that_a_program_can_read(tiny_package):
+    with Served(tiny_package) as served:
+        url = served.url()
+        for junk in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nHost here\r\n\r\n"):
+            with connect(url) as client:
+                client.sendall(junk)
+                answer = all_of(client)
+                assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+                assert b'"code": "bad_http"' in answer
+        assert refused(url) == {"bad_http": 2}
+
+
+@pytest.mark.parametrize("kind", ["silent", "header", "body"])
+def test_many_slow_clients_do_not_stop_a_fast_one(tiny_package, encode, kind):
+    """More than there is room for: the slowest makes room, and a fast one never waits."""
+    beginning = {"silent": b"", "header": REQUEST[:20], "body": POST % 1000 + b"x"}[kind]
+    slow = []
+    with Served(tiny_package, max_connections=50, header_timeout_s=60) as served:
+        url = served.url()
+        try:
+            for index in range(200):
+                slow.append(connect(url))
+                slow[-1].sendall(beginning)
+                if index % 20 == 0:
+                    answer = httpx.post(f"{url}/v1/classify", content=encode("red"))
+                    assert answer.json()["predictions"][0]["class_name"] == "red"
+            assert refused(url)["crowded"] >= 150
+        finally:
+            for client in slow:
+                client.close()
+
+
+def test_no_more_connections_than_the_process_may_open_files(tmp_path):
+    script = (
+        "import resource\n"
+        "from fieldmark.serving.connections import room_for_connections as room\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 400))\n"
+        "print(room(200), room(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 400:
+        pytest.skip("this process may open fewer files")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["200", "272", "400"]
+    assert "at most 272 connections instead of 1000" in done.stderr
