@@ -10,8 +10,9 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response, Security
 from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.datastructures import QueryParams
 
 from fieldmark.serving.cost import BatchCost
@@ -107,6 +108,8 @@ def create_app(
         version="1",
         redoc_url=None,
         redirect_slashes=False,
+        # For the description alone: the door looks before any route is found.
+        dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     add_error_handlers(app)
     if keys is not None:

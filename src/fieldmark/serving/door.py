@@ -1,4 +1,4 @@
-"""Who may ask: with a file of keys, every path but those of health wants one."""
+"""Who may ask: with a file of keys, every path wants one but health and the description."""
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -8,7 +8,9 @@ from fieldmark.serving.keys import BadKey, Keys
 from fieldmark.serving.replies import error_reply
 from fieldmark.serving.service import Service
 
-OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+OPEN = frozenset(
+    {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
+)
 
 
 class Door:

@@ -12,10 +12,10 @@ import math
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -146,14 +146,14 @@ class Allowance:
 
     per_minute: int
     left: float
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: monotonic())
 
     def take(self, num_images: int) -> float:
         """Take some and return 0, or take none and return the seconds until there are enough.
 
         More than a minute's worth at once is taken when the allowance is full, and owed.
         """
-        now = time.monotonic()
+        now = monotonic()
         rate = self.per_minute / 60
         self.left = min(self.per_minute, self.left + (now - self.since) * rate)
         self.since = now
@@ -172,7 +172,7 @@ class Keys:
         self._path = path
         self._stamp = self._stat()
         self._entries = read_keys(path).keys
-        self._looked = time.monotonic()
+        self._looked = monotonic()
         self._allowances: dict[str, Allowance] = {}
 
     def name_of(self, headers: Mapping[str, str]) -> str:
@@ -204,7 +204,7 @@ class Keys:
         return found.take(num_images)
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now - self._looked < LOOK_EVERY_S:
             return
         self._looked = now

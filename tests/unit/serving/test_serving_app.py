@@ -487,13 +487,16 @@ def test_openapi_describes_the_body_and_every_error(client):
     }
     raw = [item for name, item in content.items() if name.startswith("image/")]
     assert all(item["schema"]["format"] == "binary" for item in raw)
-    assert set(post["responses"]) == {"200", "400", "413", "422", "429", "500", "503", "504"}
+    assert set(post["responses"]) == {
+        *("200", "400", "401", "413", "422", "429", "500", "503", "504")
+    }
     for status, response in post["responses"].items():
         names = ("ClassifyBody", "BatchBody") if status == "200" else ("ErrorBody",)
         answer = response["content"]["application/json"]["schema"]
         found = [item["$ref"] for item in answer.get("anyOf", [answer])]
         assert found == [f"#/components/schemas/{name}" for name in names]
-    assert {item["name"] for item in post["parameters"]} == {"top_k", "x-request-timeout-seconds"}
+    names = {item["name"] for item in post["parameters"]}
+    assert names == {"top_k", "explain", "x-request-timeout-seconds"}
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     assert client.get("/docs").status_code == 200
 
