@@ -30,8 +30,12 @@ def describe(*verb: str) -> str:
 os.environ["COLUMNS"] = "80"  # the same lines wherever this runs
 app.rich_markup_mode = None  # plain text, without boxes and colours
 commands = get_command(app).commands  # in the order of their definition
-verbs = [name for name, command in commands.items() if not command.hidden]
-sections = [describe(), *(describe(verb) for verb in verbs)]
+sections = [describe()]
+for name, command in commands.items():
+    if command.hidden:
+        continue
+    sections.append(describe(name))
+    sections += [describe(name, verb) for verb in getattr(command, "commands", {})]
 target = Path(sys.argv[1])
 target.parent.mkdir(parents=True, exist_ok=True)
 target.write_text(TITLE + "".join(sections), encoding="utf-8")

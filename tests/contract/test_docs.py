@@ -42,6 +42,8 @@ def test_a_command_exists_with_its_options(page: str, words: list[str]) -> None:
     group = get_command(cli.app)
     verb, *rest = words
     command = group.commands[verb]  # type: ignore[attr-defined]
+    if hasattr(command, "commands"):  # as of keys: add, list, remove
+        command, rest = command.commands[rest[0]], rest[1:]
     command.make_parser(command.make_context(verb, ["--help"], resilient_parsing=True)).parse_args(
         list(rest)
     )

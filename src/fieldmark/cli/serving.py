@@ -154,7 +154,7 @@ def remove_key(
     name: Annotated[str, typer.Argument(help="As fieldmark keys list shows it.")],
     file: KeysFile = KEYS_FILE,
 ) -> None:
-    """Take a key away: a running service stops taking it within two seconds."""
+    """Take a key away, from a running service within two seconds."""
     from fieldmark.serving.keys import remove_key as remove
 
     remove(file, name)
