@@ -30,6 +30,50 @@ from fieldmark.serving.tensors import (
     to_body,
 )
 
+_BYTES: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_NAME: dict[str, Any] = {"type": "string"}
+_SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TENSOR: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["images", "encoded"]},
+        "datatype": {"enum": ["UINT8", "BYTES"]},
+        "shape": _SHAPE,
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+    "required": ["name", "datatype", "shape"],
+}
+_OUTPUT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"enum": ["logits", "probabilities"]}, "parameters": {"type": "object"}},
+    "required": ["name"],
+}
+_ASKED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "id": _NAME,
+        "inputs": {"type": "array", "items": _TENSOR, "minItems": 1, "maxItems": 1},
+        "outputs": {"type": "array", "items": _OUTPUT},
+        "parameters": {"type": "object"},
+    },
+    "required": ["inputs"],
+}
+_INFERENCE = {
+    "requestBody": {
+        "description": "JSON; or JSON and the bytes of its tensors, with the length of the JSON in "
+        "Inference-Header-Content-Length, where 0 stands for the bytes of one image.",
+        "required": True,
+        "content": {"application/json": {"schema": _ASKED}, "application/octet-stream": _BYTES},
+    }
+}
+_INFERRED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The outputs, in the form that was asked for.",
+        "content": {"application/json": {}, "application/octet-stream": _BYTES},
+    }
+}
+
 EXTENSIONS = ("binary_tensor_data", "classification")
 OUTPUTS = ("logits", "probabilities")
 
@@ -91,7 +135,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         service.must_be_ready()
         return {"name": _found(service, name, version).name, "ready": True}
 
-    @router.post(path + "/infer")
+    @router.post(path + "/infer", openapi_extra=_INFERENCE, responses=_INFERRED)
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
         """Infer: JSON, or JSON and binary tensors, or (with length 0) one encoded image."""
         predictor = _found(service, name, version)

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def serve(
         ConfigError: the address cannot be served on, or there is no such device or file of keys.
         PackageError, CheckFailed: the package cannot be opened, or fails its golden samples.
     """
+    # What Pillow says of a client's file is the client's, who is told, and would fill the log.
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     limits = limits or Limits()
     choose_device(device)
     known = None if keys is None else Keys(keys)
