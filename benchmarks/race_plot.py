@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/race_plot.py docs/images/race.png
 
 Points are runs to their end, of benchmarks/results/race.json, those of the machine of its last row.
-What is dashed was not run to its end: its time is extrapolated from updates that were timed there, and
-its accuracy is another's: airbench94's was measured on this copy elsewhere (docs/experiments.md),
+What is dashed was not run to its end: its time is extrapolated from updates that were timed there,
+and its accuracy is another's: airbench94's was measured on this copy elsewhere (docs/experiments.md),
 the tutorial's is published, for the original images.
 """
 
