@@ -4,8 +4,8 @@
 
 Points are runs to their end, of benchmarks/results/race.json, those of the machine of its last row.
 What is dashed was not run to its end: its time is extrapolated from updates that were timed there,
-and its accuracy is another's: airbench94's was measured on this copy elsewhere (docs/experiments.md),
-the tutorial's is published, for the original images.
+and its accuracy is another's: airbench94's was measured on this copy on another day, and
+the tutorial's is published, for the original images (docs/experiments.md).
 """
 
 import argparse
