@@ -32,42 +32,27 @@ def serve(
     model: Package,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    variant: Annotated[
-        str, typer.Option(help="auto: what `fieldmark bench` found best here, else onnx.")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="0: as bench found, else all cores.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; cuda fails where it cannot start.")
-    ] = "auto",
+    variant: Annotated[str, typer.Option(help="As bench found, or a name.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="0: as bench found.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ask for a key: see fieldmark keys.")
     ] = None,
     log_format: Annotated[
-        LogFormat, typer.Option("--log", help="json: an object a line, one for each request.")
+        LogFormat, typer.Option("--log", help="json: a line a request.")
     ] = LogFormat.text,
-    timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="For an answer, where a request names no time.")
-    ] = 10.0,
-    drain_s: Annotated[
-        float, typer.Option(min=0, help="From SIGTERM, while /readyz is off, to the end.")
-    ] = 5.0,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Images in the model at once.")] = 8,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="For an answer.")] = 10.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="After SIGTERM, not ready.")] = 5.0,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Images in the model.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="For a batch to fill.")] = 0.0,
-    max_inside: Annotated[
-        int, typer.Option(min=1, help="Images waiting or in work; more are refused.")
-    ] = 256,
+    max_inside: Annotated[int, typer.Option(min=1, help="Images; more are refused.")] = 256,
     max_images: Annotated[
-        int | None, typer.Option(min=1, help=f"Of one request [{MAX_IMAGES}, or --max-inside].")
+        int | None, typer.Option(min=1, help=f"Of a request [{MAX_IMAGES}].")
     ] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one image.")] = 10_000_000,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one image.")] = 50_000_000,
-    max_connections: Annotated[
-        int, typer.Option(min=1, help="More take the place of the slowest.")
-    ] = 2048,
-    header_timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="For the headers of a request to arrive.")
-    ] = 10.0,
-    body_timeout_s: Annotated[float, typer.Option(min=0.001, help="For its body.")] = 30.0,
+    max_connections: Annotated[int, typer.Option(min=1, help="The slowest makes room.")] = 2048,
+    body_timeout_s: Annotated[float, typer.Option(min=0.001, help="For a body to arrive.")] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Serve a package over HTTP.
@@ -90,7 +75,6 @@ def serve(
         max_batch_size=max_batch_size,
         max_wait_s=max_wait_ms / 1000,
         max_connections=max_connections,
-        header_timeout_s=header_timeout_s,
         body_timeout_s=body_timeout_s,
         drain_s=drain_s,
     )

@@ -190,7 +190,9 @@ def test_what_would_be_late_is_refused_with_the_time_to_wait(make_predictor, enc
         assert service.predicted_s(1) == pytest.approx(5, rel=0.1)
         with pytest.raises(Busy, match="It would take about") as refused:
             await service.logits([red], time.monotonic() + 2.5)
-        assert refused.value.reason == "deadline"
+        assert (
+            'fieldmark_refused_total{reason="deadline"} 1.0' in service.metrics.page("")[0].decode()
+        )
         assert refused.value.retry_after_s == 3
         waits = asyncio.create_task(service.logits([red], time.monotonic() + 60))
         await asyncio.sleep(0.05)

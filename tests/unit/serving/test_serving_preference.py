@@ -316,9 +316,9 @@ def no_torch(folder, variant):
 def test_predict_takes_the_preferred_variant(folder, monkeypatch, capsys):
     opened = []
 
-    def seen(package, variant, threads):
+    def seen(package, variant, threads, device):
         opened.append((variant, threads))
-        return open_onnx(package, variant, threads)
+        return open_onnx(package, variant, threads, device)
 
     monkeypatch.setattr("fieldmark.serving.predictor.open_served", seen)
     open_variant(folder, "auto", no_torch)
@@ -344,4 +344,5 @@ def test_a_service_takes_the_preferred_variant_and_says_so(folder, monkeypatch):
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    assert "with variant twin, 2 requests at a time with 1 thread each (preferred on" in line
+    setting = "2 requests at a time with 1 thread each"
+    assert f"with variant twin on cpu ({setting}: preferred on" in line
