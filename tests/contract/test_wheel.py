@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def serving(command: list[str | Path], port: int, cwd: Path) -> Iterator[None]:
                 time.sleep(0.1)
             yield
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # without the wait of SIGTERM
             try:
                 server.wait(timeout=20)
             except subprocess.TimeoutExpired:

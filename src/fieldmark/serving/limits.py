@@ -43,7 +43,7 @@ class Limits:
             least = 0 if field.name in _MAY_BE_0 else "above 0"
             if not math.isfinite(value) or value < 0 or (value == 0 and least != 0):
                 wanted = "at least 0" if least == 0 else "above 0"
-                raise ConfigError(f"{field.name} must be a number {wanted}. Got {value}.")
+                raise ConfigError(f"{field.name} must be a finite number {wanted}. Got {value}.")
         for small, large in (("max_images", "max_inside"), ("timeout_s", "max_timeout_s")):
             if getattr(self, small) > getattr(self, large):
                 raise ConfigError(

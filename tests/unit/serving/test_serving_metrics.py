@@ -111,12 +111,12 @@ def test_openmetrics_for_those_who_prefer_it(make_predictor):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"timeout_s": math.nan}, "timeout_s must be a number above 0. Got nan"),
-        ({"max_wait_s": -1}, "max_wait_s must be a number at least 0. Got -1"),
-        ({"max_batch_size": 0}, "max_batch_size must be a number above 0. Got 0"),
+        ({"timeout_s": math.nan}, "timeout_s must be a finite number above 0. Got nan"),
+        ({"max_wait_s": -1}, "max_wait_s must be a finite number at least 0. Got -1"),
+        ({"max_batch_size": 0}, "max_batch_size must be a finite number above 0. Got 0"),
         ({"max_images": 9, "max_inside": 8}, "max_images must be at most max_inside, 8. Got 9"),
         ({"timeout_s": 90}, "timeout_s must be at most max_timeout_s, 60. Got 90"),
-        ({"body_timeout_s": math.inf}, "body_timeout_s must be a number above 0. Got inf"),
+        ({"body_timeout_s": math.inf}, "body_timeout_s must be a finite number above 0. Got inf"),
     ],
 )
 def test_limits_that_cannot_be(limits, message):

@@ -342,7 +342,7 @@ def test_a_service_takes_the_preferred_variant_and_says_so(folder, monkeypatch):
         try:
             line = process.stderr.readline()
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
     setting = "2 requests at a time with 1 thread each"
     assert f"with variant twin on cpu ({setting}: preferred on" in line
