@@ -17,7 +17,7 @@ function init(args)
   next_one = tonumber(args[3])
 end
 function request()
-  next_one = next_one % #bodies + 1
+  next_one = next_one %% #bodies + 1
   return wrk.format("POST", nil, {["Content-Type"] = "%s"}, bodies[next_one])
 end
 function done(summary, latency)

@@ -5,7 +5,7 @@
 The same variant, one image at a time: `evaluate --batch-size 1` writes logits, the service gives
 them over the Open Inference Protocol (V2), and both must be equal in every bit. `predict
 --batch-size 1` and /v1/classify give probabilities, which must be equal as printed. Then 16 clients
-at a time make the service run batches of up to 8, and the largest difference of a logit is reported.
+at a time make the service run batches of up to 8; the largest difference of a logit is reported.
 
 Appends a row to benchmarks/results/serve_same.json.
 """
@@ -60,12 +60,12 @@ class Same:
         """Know where to work."""
         self.model, self.variant, self.folder = model, variant, folder
         package = open_package(model)
-        self.num_classes, self.name = len(package.class_names), package.name
+        self.num_classes, self.name = len(package.class_names), package.manifest.name
 
     def write_images(self, data: str, count: int) -> list[Path]:
         """Write test images as files in a folder for each class; return them in order."""
         source = open_source(data)
-        split = source.splits()["test"]
+        split = source.splits["test"]
         files = []
         for n in np.linspace(0, len(split) - 1, count).astype(int):
             file = self.folder / "images" / source.class_names[split.labels[n]] / f"{n:05d}.jpg"

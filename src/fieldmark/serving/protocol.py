@@ -25,6 +25,7 @@ from fieldmark.serving.tensors import (
     LENGTH_HEADER,
     Asked,
     Inference,
+    compress,
     inflate,
     parse_inference,
     to_body,
@@ -154,7 +155,8 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
             if isinstance(row, Exception):
                 raise _of_image(index, row) if len(found) > 1 else row
         logits = np.stack([row for row in found if not isinstance(row, Exception)])
-        return _reply(asked, outputs, predictor, logits)
+        accepted = request.headers.get("accept-encoding", "")
+        return _reply(asked, outputs, predictor, logits, accepted)
 
 
 def _found(service: Service, name: str, version: str | None) -> Predictor:
@@ -209,8 +211,13 @@ def _of_image(index: int, error: Exception) -> Exception:
 
 
 def _reply(
-    asked: Inference, outputs: list[Asked], predictor: Predictor, logits: np.ndarray[Any, Any]
+    asked: Inference,
+    outputs: list[Asked],
+    predictor: Predictor,
+    logits: np.ndarray[Any, Any],
+    accepted: str,
 ) -> Response:
+    """Return the outputs asked for, compressed if the client takes that."""
     tensors = {
         "logits": logits,
         "probabilities": softmax(logits, predictor.temperature).astype(np.float32),
@@ -226,11 +233,12 @@ def _reply(
     if asked.id is not None:
         head["id"] = asked.id
     body, length = to_body(head, found)
+    body, encoding = compress(body, accepted)
+    headers = {} if encoding is None else {"Content-Encoding": encoding}
     if length is None:
-        return Response(body, media_type="application/json")
-    return Response(
-        body, media_type="application/octet-stream", headers={LENGTH_HEADER: str(length)}
-    )
+        return Response(body, media_type="application/json", headers=headers)
+    headers[LENGTH_HEADER] = str(length)  # of the JSON before it was compressed
+    return Response(body, media_type="application/octet-stream", headers=headers)
 
 
 def _classes(

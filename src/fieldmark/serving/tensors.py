@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from fieldmark.serving.replies import BadBody, shown
 LENGTH_HEADER = "inference-header-content-length"
 _KINDS = {"dict": "an object", "list": "a list", "str": "a string"}
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}  # of zlib
+_REPLY_LEVEL = 1  # of zlib: floats hardly shrink further
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,21 @@ def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
     if not engine.eof or engine.unused_data:
         raise BadBody(f"the body must be one whole {encoding} stream. It is not.")
     return found
+
+
+def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:
+    """Return a reply's body in an encoding that the client takes, and its name; None: as it is.
+
+    Args:
+        accepted: the header Accept-Encoding. gzip is preferred to deflate (zlib).
+    """
+    offers = [offer.replace(" ", "").partition(";") for offer in accepted.lower().split(",")]
+    names = {name for name, _, quality in offers if not re.fullmatch(r"q=0(\.0*)?", quality)}
+    for name, window_bits in _WINDOW_BITS.items():
+        if name in names:
+            engine = zlib.compressobj(_REPLY_LEVEL, wbits=window_bits)
+            return engine.compress(body) + engine.flush(), name
+    return body, None
 
 
 def parse_inference(body: bytes, length: str | None) -> Inference:

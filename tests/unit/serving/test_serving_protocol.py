@@ -126,6 +126,29 @@ def test_compressed_bodies(client, encode, encoding, pack):
     assert_error(client.post(INFER, content=cut, headers=headers), 400, "one whole")
 
 
+@pytest.mark.parametrize(
+    ("accepted", "used"),
+    [
+        ("gzip", "gzip"),
+        ("deflate, gzip;q=0.5", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip;q=0, deflate", "deflate"),
+        ("br, gzip; q=0.0", None),
+        ("", None),
+    ],
+)
+def test_replies_are_compressed_as_the_client_asks(client, encode, accepted, used):
+    plain = infer(client, encode("red"), {"accept-encoding": "identity"})
+    packed = infer(client, encode("red"), {"accept-encoding": accepted})
+    assert packed.headers.get("content-encoding") == used
+    assert packed.headers[LENGTH] == plain.headers[LENGTH]
+    assert packed.content == plain.content  # httpx has unpacked it
+
+
+def infer(client, image, headers):
+    return client.post(INFER, content=image, headers={LENGTH: "0", **headers})
+
+
 def test_inflating_never_holds_more_than_its_cap():
     with pytest.raises(BodyTooLarge):
         inflate(gzip.compress(bytes(1001)), "gzip", 1000)

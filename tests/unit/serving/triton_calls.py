@@ -57,6 +57,7 @@ def synchronous():
         "gzip": {"inputs": encoded(sync), "request_compression_algorithm": "gzip"},
         "deflate": {"inputs": encoded(sync), "request_compression_algorithm": "deflate"},
         "gzip reply": {"inputs": encoded(sync), "response_compression_algorithm": "gzip"},
+        "deflate reply": {"inputs": encoded(sync), "response_compression_algorithm": "deflate"},
         "version": {"inputs": encoded(sync), "model_version": version},
     }.items():
         found[name] = client.infer(MODEL, **options).as_numpy("logits").tolist()
@@ -98,6 +99,7 @@ async def asynchronous():
         for name, options in {
             "aio": {},
             "aio gzip": {"request_compression_algorithm": "gzip"},
+            "aio gzip reply": {"response_compression_algorithm": "gzip"},
         }.items():
             reply = await client.infer(MODEL, encoded(aio), **options)
             found[name] = reply.as_numpy("logits").tolist()
