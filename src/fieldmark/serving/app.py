@@ -1,8 +1,9 @@
 """The HTTP service: images in, ranked classes out.
 
-A request: its query and declared size are checked -> the body is read and counted -> it is
-admitted, or refused with the time to wait -> each image is decoded and validated alone -> the model
-runs on what came together -> the answer. A client that goes takes its images out of the queue.
+A request: it is refused at once if there is no room -> its query and declared size are checked ->
+the body is read and counted -> it is admitted, or refused with the time to wait -> each image is
+decoded and validated alone -> the model runs on what came together -> the answer. A client that
+goes takes its images out of the queue.
 """
 
 import base64
@@ -39,6 +40,7 @@ from fieldmark.serving.replies import (
     to_error,
 )
 from fieldmark.serving.service import Answer, Service
+from fieldmark.serving.shedding import Shedding
 
 DEFAULT_TOP_K = 5
 
@@ -112,9 +114,10 @@ def create_app(
         dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     add_error_handlers(app)
+    app.add_middleware(Shedding, service=service)  # the last that is added is the outermost
     if keys is not None:
         app.add_middleware(Door, service=service, keys=keys)
-    app.add_middleware(Identified, service=service)  # the last that is added is the outermost
+    app.add_middleware(Identified, service=service)
     app.include_router(make_router(service))
     app.state.service = service
     _add_classify(app, service)

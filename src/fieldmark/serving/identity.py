@@ -65,9 +65,9 @@ class Identified:
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # The template that matched: a path is the client's choice and would be a label without end.
-        route = getattr(scope.get("route"), "path", "other")
-        self._service.metrics.request(route, status, seconds)
         state = scope["state"]
+        route = state.get("route") or getattr(scope.get("route"), "path", "other")
+        self._service.metrics.request(route, status, seconds)
         log.event(
             "request",
             request_id=state["request_id"],

@@ -187,10 +187,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ImageError)
     @app.exception_handler(RequestError)
     async def explain(request: Request, error: FieldmarkError) -> JSONResponse:
-        headers = None
-        if isinstance(error, Busy):
-            headers = {"Retry-After": str(error.retry_after_s)}
-        return _reply(request, error.http_status, error.code, str(error), headers)
+        return error_reply(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -225,6 +222,8 @@ def error_reply(
     request: Request, error: FieldmarkError, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """Return the answer to a request that ends with an error which its client may know."""
+    if isinstance(error, Busy):
+        headers = {"Retry-After": str(error.retry_after_s)} | (headers or {})
     return _reply(request, error.http_status, error.code, str(error), headers)
 
 

@@ -49,7 +49,8 @@ class Service:
         self.is_draining = False
         self._predictor = predictor
         self._cost = cost
-        self._decoders = ThreadPoolExecutor(num_cores(), thread_name_prefix="image")
+        self._num_cores = num_cores()
+        self._decoders = ThreadPoolExecutor(self._num_cores, thread_name_prefix="image")
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._batcher: Batcher | None = None
         self._num_inside = 0
@@ -137,7 +138,7 @@ class Service:
         batcher = self.batcher
         inside = self._num_inside + num_images
         model_s = batcher.cost.seconds(inside, batcher.max_batch_size) / batcher.workers
-        return max(model_s, self._decode_s * inside / num_cores())
+        return max(model_s, self._decode_s * inside / self._num_cores)
 
     async def logits(
         self, images: Sequence[bytes | Pixels], deadline: float
@@ -165,7 +166,9 @@ class Service:
         """
         num_bytes = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in images)
         places = len(images) * (2 if explain else 1)
-        self._admit(places, num_bytes, deadline)
+        self.must_have_room(places, num_bytes, deadline)
+        self._num_inside += places
+        self._bytes_inside += num_bytes
         try:
             tasks = [asyncio.create_task(self._one(image, deadline, explain)) for image in images]
             try:
@@ -187,7 +190,8 @@ class Service:
             self.metrics.image(to_error(outcome)[0] if isinstance(outcome, Exception) else 200)
         return found
 
-    def _admit(self, num_images: int, num_bytes: int, deadline: float) -> None:
+    def must_have_room(self, num_images: int, num_bytes: int, deadline: float) -> None:
+        """Raise Busy where images cannot be taken now; errors as `logits`."""
         limits, predicted = self.limits, self.predicted_s(num_images)
         left = deadline - time.monotonic()
         if self._num_inside + num_images > limits.max_inside:
@@ -209,8 +213,6 @@ class Service:
                 "deadline",
                 predicted - left,
             )
-        self._num_inside += num_images
-        self._bytes_inside += num_bytes
 
     def busy(self, message: str, reason: str, wait_s: float) -> Busy:
         """Return a refusal, counted. `reason` is one of few words; whole seconds are sent."""
