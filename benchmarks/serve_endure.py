@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("job", choices=list(JOBS))
     parser.add_argument("--model", type=Path, required=True, help="a package with an onnx variant")
     parser.add_argument("--images", type=Path, required=True, help="folder with JPEGs anywhere in")
-    parser.add_argument("--variant", default="auto")
+    parser.add_argument("--variant", default="onnx")
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def overload(bench: Bench) -> Row:
 def corrupt(bench: Bench) -> Row:
     """Mix broken images with good ones."""
     images = bench.encoded[:300]
-    expected = right_classes(bench.model, images)
+    expected = right_classes(bench, images)
     broken = {99: images[99][: len(images[99]) // 2], 199: b"not an image", 299: images[0][900:]}
     for number, data in broken.items():
         images[number] = data
@@ -158,10 +158,10 @@ def corrupt(bench: Bench) -> Row:
     }
 
 
-def right_classes(model: Path, images: list[bytes]) -> list[str]:
-    """Return the class of each image as the float32 variant gives it without a service."""
-    package = open_package(model)
-    predict = open_onnx(package, "onnx")
+def right_classes(bench: Bench, images: list[bytes]) -> list[str]:
+    """Return the class of each image as the variant gives it without a service."""
+    package = open_package(bench.model)
+    predict = open_onnx(package, bench.variant)
     found = [predict(np.asarray(package.preprocess(image))[None])[0].argmax() for image in images]
     return [package.class_names[int(index)] for index in found]
 

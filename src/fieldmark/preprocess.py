@@ -50,6 +50,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Pixels = npt.NDArray[np.uint8]
 
+_SCAN, _MAX_SCANS = b"\xff\xda", 100  # of a JPEG: a progressive one has about ten
+_STRIP_PX = 256
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -199,6 +201,11 @@ def decode(
                 f"image must have at most {max_pixels} pixels. Got {width} x {height}. "
                 "Resize and retry."
             )
+        if image.format in ("JPEG", "MPO") and encoded.count(_SCAN) > _MAX_SCANS:
+            raise ImageError(
+                f"image must have at most {_MAX_SCANS} scans. Got more: each would be decoded over "
+                "the whole image. Save it anew and retry."
+            )
         if draft_px is not None:
             image.draft("RGB", draft_px)
         image.load()
@@ -226,10 +233,19 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         image = _to_8_bit(image)
     has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if has_alpha:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, (*background, 255))
-        image.alpha_composite(layer)
+        image = _composited(image, background)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return the image on a background, strip by strip: whole copies would be large at once."""
+    found = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_PX):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_PX, image.height)))
+        under = Image.new("RGBA", strip.size, (*background, 255))
+        under.alpha_composite(strip.convert("RGBA"))
+        found.paste(under.convert("RGB"), (0, top))
+    return found
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -447,3 +447,19 @@ def test_only_the_decoders_of_our_formats_are_loaded():
     assert "PIL.WebPImagePlugin" in loaded
     assert "PIL.PsdImagePlugin" not in loaded
     assert len(loaded) < 10
+
+
+def test_transparency_of_a_tall_image_is_composited_as_a_whole_would_be():
+    alpha = np.random.default_rng(1).integers(0, 256, (640, 90, 4), dtype=np.uint8)
+    image = Image.fromarray(alpha, "RGBA")
+    whole = Image.new("RGBA", image.size, (10, 200, 30, 255))
+    whole.alpha_composite(image)
+    found = decode(encode(image, "PNG"), background=(10, 200, 30))
+    assert np.array_equal(np.asarray(found), np.asarray(whole.convert("RGB")))
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
+    image = encode(noise(64, 64), "JPEG", progressive=True)
+    assert decode(image).size == (64, 64)
+    with pytest.raises(ImageError, match="at most 100 scans"):
+        decode(image + b"\xff\xda" * 101)

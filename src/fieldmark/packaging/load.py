@@ -91,6 +91,7 @@ def open_session(
     provider = PROVIDERS[device]
     try:
         session = ort.InferenceSession(model, options, providers=[provider])
+        session.disable_fallback()  # a failure of CUDA is told, not answered by the CPU
     # onnxruntime's exceptions have no common base but Exception.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]

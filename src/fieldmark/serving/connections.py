@@ -22,6 +22,7 @@ from fieldmark.serving.limits import Limits
 
 Phase = Literal["header", "body", "answer", "idle"]
 LAST_CALL_S = 0.5  # for a request that is already on its way when the service ends
+_SLOW_S = 1.0  # a request that arrives for longer makes room before an idle connection does
 _SPARE_FILES = 128  # beside the connections: the model, the log, what libraries open
 
 
@@ -41,7 +42,7 @@ class Connections:
         self.refused = refused
         self.max_open = room_for_connections(limits.max_connections)
         # In the order in which they began to: dicts keep it, and forget one of many at once.
-        self._reading: dict[_Guarded, None] = {}
+        self._reading: dict[_Guarded, float] = {}  # when: the event loop's time
         self._idle: dict[_Guarded, None] = {}
         self._open: set[_Guarded] = set()
 
@@ -55,12 +56,18 @@ class Connections:
     def add(self, one: "_Guarded") -> bool:
         """Take a connection, at the cost of a slower one; False: there is no room."""
         if len(self._open) >= self.max_open:
-            slowest = next(iter(self._reading or self._idle), None)
+            slowest = self._slowest(one.loop.time())
             if slowest is None:
                 return False
             slowest.end("crowded")
         self._open.add(one)
         return True
+
+    def _slowest(self, now: float) -> "_Guarded | None":
+        """Return who makes room: a slow reader, then who sends nothing, then any reader."""
+        reading = next(iter(self._reading), None)
+        is_slow = reading is not None and now - self._reading[reading] > _SLOW_S
+        return reading if is_slow else next(iter(self._idle), reading)
 
     def enter(self, one: "_Guarded", phase: Phase) -> None:
         """Note that a connection is in another phase now."""
@@ -69,7 +76,7 @@ class Connections:
         if phase == "idle":
             self._idle[one] = None
         elif phase != "answer":
-            self._reading[one] = None
+            self._reading[one] = one.loop.time()
 
     def discard(self, one: "_Guarded") -> None:
         """Forget a connection that was closed."""
@@ -141,8 +148,11 @@ class _Guarded(H11Protocol):
         is_sending = self._phase is not None and self._phase[0] in ("header", "body")
         has_begun = bool(self.conn.trailing_data[0]) or self._phase_is("body")
         if is_sending and has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            slow = "the request must arrive sooner. It did not. Send it again."
-            self._say(408, reason, slow)
+            if reason == "crowded":
+                self._say(503, reason, "the service has too many connections. Retry later.")
+            else:
+                slow = "the request must arrive sooner. It did not. Send it again."
+                self._say(408, reason, slow)
         else:
             self._cancel()
             self.transport.abort()
@@ -169,6 +179,9 @@ class _Guarded(H11Protocol):
             self._timer = self.loop.call_later(seconds, self.end, "slow_header")
         elif phase == "body":
             self._timer = self.loop.call_later(limits.body_timeout_s, self.end, "slow_body")
+        elif phase == "idle":
+            # uvicorn's is lost where a body goes on arriving after its answer.
+            self._timer = self.loop.call_later(limits.idle_timeout_s, self.transport.close)
 
     def _found_phase(self) -> Phase:
         theirs = self.conn.their_state
@@ -201,6 +214,8 @@ class _Guarded(H11Protocol):
         lines = [f"HTTP/1.1 {status} {_PHRASES[status]}", *(f"{k}: {v}" for k, v in headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
+        # A client that takes nothing would keep what was written, and so the connection.
+        self.loop.call_later(self._all.limits.write_timeout_s, self.transport.abort)
 
 
 _PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}

@@ -14,7 +14,7 @@ from fieldmark.serving.service import Service
 
 
 class Identified:
-    """ASGI middleware: X-Request-Id, X-Model-Id and X-Preprocessing on all that is sent.
+    """ASGI middleware: X-Request-Id, X-Preprocessing and the model's id and version on all answers.
 
     The request's id is the caller's if it is sane, and is in scope["state"]["request_id"]. What
     fails unexpectedly is answered here, so that such an answer has them too; its traceback is for
@@ -61,6 +61,7 @@ class Identified:
         except NotReady:
             return
         headers["X-Model-Id"] = predictor.model_id
+        headers["X-Model-Version"] = predictor.version
         headers["X-Preprocessing"] = predictor.preprocessing
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

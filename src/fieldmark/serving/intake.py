@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
@@ -22,6 +22,7 @@ from fieldmark.serving.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SPARE_PARTS = 1000  # values in JSON beside images
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 
 
@@ -168,7 +169,7 @@ def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
         parser.write(body)
         parser.finalize()
-    except MultipartParseError:
+    except FormParserError:
         raise BadBody("the form must be what its content type says. It cannot be read.") from None
     if not form.has_ended:
         raise BadBody("the form must end with its boundary. It does not. Send it again.")
@@ -181,6 +182,11 @@ def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:
 
 def _from_json(body: bytes, limits: Limits) -> Images:
     example = 'send {"images": ["BASE64", ...]}'
+    # A value that is small as text may be large as an object; base64 has none of these marks.
+    if sum(map(body.count, (b",", b"[", b"{"))) > 2 * limits.max_images + SPARE_PARTS:
+        raise BadBody(
+            f"the JSON must be a short list of images. It has far more values: {example}."
+        )
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):

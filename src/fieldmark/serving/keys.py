@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +126,11 @@ def remove_key(path: Path, name: str) -> None:
 
 def _write(path: Path, entries: tuple[KeyEntry, ...]) -> None:
     try:
+        before = path.stat() if path.exists() else None
         write_json(path, KeyFile(keys=entries).model_dump(mode="json"))
-        os.chmod(path, 0o600)
+        os.chmod(path, 0o600 if before is None else stat.S_IMODE(before.st_mode))
+        if before is not None and before.st_uid != os.geteuid():
+            os.chown(path, before.st_uid, before.st_gid)  # a service that may read it goes on to
     except OSError as error:
         raise ConfigError(
             f"keys must be a file that can be written. Got {path}: {error.strerror}."

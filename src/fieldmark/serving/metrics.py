@@ -108,5 +108,8 @@ class Metrics:
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """Return all of it and its content type, in the format that the header Accept prefers."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # it compares versions, which a client may have made up
+            encode, content_type = choose_encoder("")
         return encode(self._registry), content_type

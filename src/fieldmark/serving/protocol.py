@@ -16,7 +16,7 @@ from fieldmark.errors import FieldmarkError
 from fieldmark.measure import softmax
 from fieldmark.preprocess import Pixels
 from fieldmark.serving.door import count_images
-from fieldmark.serving.intake import deadline_of, read_body
+from fieldmark.serving.intake import SPARE_PARTS, deadline_of, read_body
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.presence import unless_gone
 from fieldmark.serving.replies import BadBody, NoSuchModel, ProtocolError, shown, to_error
@@ -144,7 +144,10 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         body = await read_body(request, service, service.limits.max_request_bytes)
         encoding = request.headers.get("content-encoding", "")
         body = inflate(body, encoding, service.limits.max_request_bytes)
-        asked = parse_inference(body, request.headers.get(LENGTH_HEADER))
+        spec = predictor.preprocess
+        # Pixels as lists of lists of lists in JSON have a number and a list of three for each.
+        most = 4 * service.limits.max_images * spec.height_px * spec.width_px + SPARE_PARTS
+        asked = parse_inference(body, request.headers.get(LENGTH_HEADER), most)
         if asked.timeout_us is not None:
             deadline = min(deadline, time.monotonic() + asked.timeout_us / 1e6)
         images = _images(asked, predictor, service.limits.max_images)

@@ -69,6 +69,7 @@ class NotReady(RequestError):
 
     code = "not_ready"
     http_status = 503
+    retry_after_s = 1
 
 
 class PredictionBody(BaseModel):
@@ -103,6 +104,7 @@ class NotAlive(RequestError):
 
     code = "not_alive"
     http_status = 503
+    retry_after_s = 1  # of another service behind the same address
 
 
 class ErrorDetail(BaseModel):
@@ -222,7 +224,7 @@ def error_reply(
     request: Request, error: FieldmarkError, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """Return the answer to a request that ends with an error which its client may know."""
-    if isinstance(error, Busy):
+    if isinstance(error, Busy | NotReady | NotAlive):
         headers = {"Retry-After": str(error.retry_after_s)} | (headers or {})
     return _reply(request, error.http_status, error.code, str(error), headers)
 

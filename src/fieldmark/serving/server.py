@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -32,9 +33,10 @@ from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor
 from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
-from fieldmark.serving.service import Service
+from fieldmark.serving.service import THREAD_NAMES, Service
 
 END_WITHIN_S = 30  # requests still running then are cut off
+_LAST_WORK_S = 5  # for what runs in threads and nobody waits for any more
 _WARM_ROUNDS = 3  # the first is slower, as buffers are made
 
 
@@ -56,7 +58,8 @@ def serve(
     /livez answers at once; /readyz, and the line with the URL, when the model is checked and warm.
     SIGTERM turns /readyz off and keeps on serving for `limits.drain_s`, so that whoever sends
     requests has time to notice; then, or at once on SIGINT or a second SIGTERM, no connection is
-    taken any more and what was asked is answered.
+    taken any more and what was asked is answered. Where the model hangs then, the process ends with
+    status 1.
 
     Args:
         port: 0 takes a free one.
@@ -92,13 +95,28 @@ def serve(
                 server.should_exit = True
             else:
                 loaded.set_result(predictor)
-                _say_ready(package_path, url_of(listener), predictor, why, announce)
+                if not server.should_exit:
+                    _say_ready(package_path, url_of(listener), predictor, why, announce)
 
         with _signals_end(server):
-            threading.Thread(target=load, name="load").start()
+            # A daemon: an end that is asked for while it loads does not wait for it.
+            threading.Thread(target=load, name="load", daemon=True).start()
             server.run(sockets=[listener])
         app.state.service.close()
-        loaded.result()  # raises what loading raised
+        if loaded.done():
+            loaded.result()  # raises what loading raised
+    if not _threads_have_ended(_LAST_WORK_S):
+        log.warn("the model did not come to an end: the process ends without it")
+        log.event("hung")
+        os._exit(1)  # Python would wait for its threads
+
+
+def _threads_have_ended(within_s: float) -> bool:
+    ends = time.monotonic() + within_s
+    mine = [one for one in threading.enumerate() if one.name.startswith(THREAD_NAMES)]
+    for one in mine:
+        one.join(max(0.0, ends - time.monotonic()))
+    return not any(one.is_alive() for one in mine)
 
 
 def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
@@ -209,7 +227,8 @@ class _Server(uvicorn.Server):
             timeout_keep_alive=service.limits.idle_timeout_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=END_WITHIN_S,
         )
-        _log_as_ours(logging.getLogger("uvicorn.error"))
+        for name in ("uvicorn.error", "asyncio", "python_multipart"):
+            _log_as_ours(logging.getLogger(name))
         super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """From encoded images to logits: admission, decoding each image alone, the model in batches."""
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from fieldmark.serving.limits import HTTP_FORMATS, Limits
 from fieldmark.serving.metrics import Metrics
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
+
+THREAD_NAMES = ("image", "explain", "model")  # how those of a service begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Service:
         self._cost = cost
         self._num_cores = num_cores()
         self._decoders = ThreadPoolExecutor(self._num_cores, thread_name_prefix="image")
+        self._free_decoders = asyncio.Semaphore(self._num_cores)
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._batcher: Batcher | None = None
         self._num_inside = 0
@@ -58,6 +62,10 @@ class Service:
         self._bytes_arriving = 0
         self._decode_s = 0.0  # of an image, a moving average
         self._add_gauges()
+        if isinstance(predictor, Predictor):
+            self.metrics.model(predictor)
+        else:
+            predictor.add_done_callback(self._note_model)
 
     @property
     def predictor(self) -> Predictor:
@@ -81,7 +89,6 @@ class Service:
                 report=self.metrics.batch,
                 cost=self._cost,
             )
-            self.metrics.model(self.predictor)
         return self._batcher
 
     @property
@@ -97,9 +104,10 @@ class Service:
             self._batcher.close()
 
     def must_be_ready(self) -> Predictor:
-        """Return the model, or raise NotReady where new requests should go elsewhere."""
+        """Return the model, or raise NotReady or NotAlive where requests should go elsewhere."""
         if self.is_draining:
             raise NotReady("the service must not be ending. It is: ask another.")
+        self.must_live()
         return self.predictor
 
     @property
@@ -107,7 +115,7 @@ class Service:
         """Whether requests should be sent here."""
         try:
             self.must_be_ready()
-        except NotReady:
+        except (NotReady, NotAlive):
             return False
         return True
 
@@ -220,14 +228,30 @@ class Service:
         return Busy(message, retry_after_s=max(1, math.ceil(wait_s)))
 
     async def _one(self, image: bytes | Pixels, deadline: float, explain: bool) -> Answer:
-        run = asyncio.get_running_loop().run_in_executor
         if isinstance(image, bytes):
-            image = await run(self._decoders, partial(self._decode, image, deadline))
+            image = await self._decoded(image, deadline)
         logits = await self.batcher.logits(image, deadline)
         if not explain:
             return Answer(logits)
         draw = partial(self._draw, image, int(np.argmax(logits)), deadline)
+        run = asyncio.get_running_loop().run_in_executor
         return Answer(logits, await run(self._explainer, draw))
+
+    async def _decoded(self, encoded: bytes, deadline: float) -> Pixels:
+        """Decode in a thread once one is free; until then nothing but the caller holds the bytes.
+
+        A decode that was given up goes on and keeps its thread: only its end frees that.
+        """
+        loop = asyncio.get_running_loop()
+        await self._free_decoders.acquire()
+        running = self._decoders.submit(self._decode, encoded, deadline)
+
+        def free(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._free_decoders.release)
+
+        running.add_done_callback(free)
+        return await asyncio.wrap_future(running)
 
     def _decode(self, encoded: bytes, deadline: float) -> Pixels:
         started = time.monotonic()
@@ -252,6 +276,10 @@ class Service:
             raise NotReady("the model must give its features to be explained. It does not.")
         _, features = model.run(pixels[None])
         return heat_png(pixels, model.maps(features, [class_index])[0, 0])
+
+    def _note_model(self, loaded: Future[Predictor]) -> None:
+        if not loaded.cancelled() and loaded.exception() is None:
+            self.metrics.model(loaded.result())
 
     def _add_gauges(self) -> None:
         def of_batcher(read: Callable[[Batcher], float]) -> Callable[[], float]:

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from fieldmark.serving.replies import BadBody, shown
 LENGTH_HEADER = "inference-header-content-length"
 _KINDS = {"dict": "an object", "list": "a list", "str": "a string"}
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}  # of zlib
+_MAX_SIDES = 8  # of a shape
 _REPLY_LEVEL = 1  # of zlib: floats hardly shrink further
 
 
@@ -82,18 +84,19 @@ def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:
     return body, None
 
 
-def parse_inference(body: bytes, length: str | None) -> Inference:
+def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inference:
     """Return the request in a body.
 
     Args:
         length: the header Inference-Header-Content-Length, bytes of the JSON before the binary
             tensors. None: all is JSON. "0": the body is one encoded image, and the outputs are
             binary.
+        max_parts: values that the JSON may have, before it becomes objects.
 
     Raises:
         BadBody: it does not follow the protocol.
     """
-    if length is not None and not (length.isdecimal() and int(length) <= len(body)):
+    if length is not None and not (length.isdecimal() and int(length[:20]) <= len(body)):
         raise BadBody(
             f"{LENGTH_HEADER} must be a number of bytes of the body, which has {len(body)}. "
             f"Got {shown(length)}."
@@ -101,6 +104,9 @@ def parse_inference(body: bytes, length: str | None) -> Inference:
     if length is not None and int(length) == 0:
         return Inference({"encoded": [body]}, None, is_binary=True)
     end = len(body) if length is None else int(length)
+    num_parts = sum(body.count(mark, 0, end) for mark in (b",", b"[", b"{"))
+    if num_parts > max_parts:
+        raise BadBody(f"the JSON must have at most {max_parts} values. Got about {num_parts}.")
     try:
         content = json.loads(body[:end])
     except (ValueError, RecursionError):
@@ -120,6 +126,8 @@ def parse_inference(body: bytes, length: str | None) -> Inference:
     outputs = None
     if told.get("outputs"):
         outputs = [_asked(item, is_binary) for item in _typed(told["outputs"], list, "outputs")]
+        if len({output.name for output in outputs}) < len(outputs):
+            raise BadBody("outputs must have different names. One is there twice.")
     identity = told.get("id")
     timeout = parameters.get("timeout")
     return Inference(
@@ -157,6 +165,8 @@ def _input(
 ) -> npt.NDArray[np.uint8] | list[bytes]:
     kind = _typed(tensor.get("datatype"), str, f"datatype of {name}")
     shape = _typed(tensor.get("shape"), list, f"shape of {name}")
+    if len(shape) > _MAX_SIDES:
+        raise BadBody(f"shape of {shown(name)} must have few sides. Got {len(shape)}.")
     sides = [_count(side, f"shape of {name}") for side in shape]
     size = _typed(tensor.get("parameters", {}), dict, f"parameters of {name}").get(
         "binary_data_size"
@@ -178,7 +188,7 @@ def _input(
         array = (
             np.frombuffer(raw, np.uint8)
             if raw is not None
-            else _whole_bytes(np.asarray(tensor["data"]))
+            else np.array(_flat(tensor["data"]), np.uint8)
         )
         return array.reshape(sides)
     except (ValueError, TypeError, OverflowError):
@@ -188,10 +198,17 @@ def _input(
         ) from None
 
 
-def _whole_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if array.size and not (array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255):
+def _flat(data: Any) -> list[int]:
+    """Return the whole numbers in lists of lists, or raise ValueError if there is anything else.
+
+    numpy is not asked to: of one long text among short ones it makes an array of long texts.
+    """
+    level: list[Any] = _typed(data, list, "data")
+    while (types := set(map(type, level))) == {list}:
+        level = list(chain.from_iterable(level))
+    if not types <= {int}:
         raise ValueError
-    return array.astype(np.uint8)
+    return level
 
 
 def _texts(name: str, data: Any) -> list[bytes]:

@@ -22,7 +22,8 @@ from fieldmark.errors import CheckFailed, ImageError
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.app import create_app
 from fieldmark.serving.limits import HTTP_FORMATS, Limits
-from fieldmark.serving.replies import Busy
+from fieldmark.serving.predictor import Predictor
+from fieldmark.serving.replies import Busy, Late
 from fieldmark.serving.service import Service
 
 URL = "/v1/classify"
@@ -515,6 +516,71 @@ def test_a_refusal_does_not_wait_for_the_body(make_predictor, encode, path, rout
     assert b"at most 1 images may wait" in body["body"]
     page = TestClient(app).get("/metrics").text
     assert f'fieldmark_requests_total{{route="{route}",status="429"}} 1.0' in page
+
+
+def test_a_refusal_that_may_pass_says_when_to_try_again(make_predictor):
+    client = TestClient(create_app(Future()))
+    for path in ("/readyz", "/v2/health/ready"):
+        reply = client.get(path)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+
+
+def test_json_of_many_values_and_odd_headers_are_no_failures(client):
+    many = b'{"images": [' + b"[]," * 200_000 + b"[]]}"
+    reply = client.post(URL, content=many, headers={"content-type": "application/json"})
+    assert reply.status_code in (400, 413)
+    form = {"content-type": f"multipart/form-data; boundary={'b' * 300}"}
+    assert_error(client.post(URL, content=b"--x", headers=form), 400, "bad_body", "form")
+    for accept in ("text/plain;version=x", "application/openmetrics-text;version=", "*/*;q=z"):
+        assert client.get("/metrics", headers={"accept": accept}).status_code == 200
+
+
+def test_a_model_that_hangs_is_not_ready(make_predictor, encode):
+    release = threading.Event()
+
+    def hung(pixels):
+        assert release.wait(20)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    app = create_app(make_predictor(hung), limits=Limits(hung_after_s=0.05))
+
+    async def probe():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            work = asyncio.create_task(client.post(URL, content=encode("red")))
+            await asyncio.sleep(0.5)
+            paths = ("/livez", "/readyz", "/v2/health/ready", "/v2/models/model/ready")
+            replies = [await client.get(path) for path in paths]
+            release.set()
+            assert (await work).status_code == 200
+            return [(reply.status_code, reply.headers["retry-after"]) for reply in replies]
+
+    assert asyncio.run(probe()) == [(503, "1")] * 4
+
+
+def test_bytes_that_nobody_waits_for_are_not_kept(make_predictor, encode):
+    """Both decoders work for long: what gives up meanwhile must not pile up before them."""
+    release, red = threading.Event(), encode("red")
+
+    class Slow(Predictor):
+        def decode(self, encoded, **bounds):
+            assert release.wait(20)
+            return super().decode(encoded, **bounds)
+
+    one = make_predictor()
+    slow = Slow(one.predict, one.preprocess, one.class_names, one.class_descriptions, "f" * 64)
+
+    async def flood():
+        service = Service(slow, Limits())
+        for _ in range(50):
+            late = await service.logits([red], time.monotonic() + 0.01)
+            assert isinstance(late[0], Late)
+        waiting = service._decoders._work_queue.qsize()
+        release.set()
+        assert (await service.logits([red], math.inf))[0].shape == (3,)
+        return waiting, service.num_inside
+
+    assert asyncio.run(flood()) == (0, 0)
 
 
 # --- described ---

@@ -157,6 +157,39 @@ def test_many_slow_clients_do_not_stop_a_fast_one(tiny_package, encode, kind):
                 client.close()
 
 
+def test_idle_connections_make_room_before_an_upload_does(tiny_package, encode):
+    image = encode("red")
+    with Served(tiny_package, max_connections=20) as served:
+        url = served.url()
+        idle = [connect(url) for _ in range(15)]
+        try:
+            for client in idle:
+                client.sendall(REQUEST)
+                client.recv(1000)
+            with connect(url) as upload:
+                upload.sendall(POST % len(image) + image[:10])
+                more = [connect(url) for _ in range(10)]
+                for client in more:
+                    client.sendall(REQUEST)
+                    assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+                upload.sendall(image[10:])
+                assert upload.recv(1000).startswith(b"HTTP/1.1 200 ")
+        finally:
+            for client in idle + more:
+                client.close()
+
+
+def test_a_body_that_goes_on_after_its_answer_does_not_keep_the_connection(tiny_package):
+    with Served(tiny_package, idle_timeout_s=0.5) as served:
+        url = served.url()
+        with connect(url) as client:
+            client.sendall(b"POST /nothing HTTP/1.1\r\nHost: here\r\nContent-Length: 20\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 404 ")
+            time.sleep(0.1)
+            client.sendall(b"x" * 20)
+            assert all_of(client) == b""
+
+
 def test_no_more_connections_than_the_process_may_open_files(tmp_path):
     script = (
         "import resource\n"

@@ -39,6 +39,9 @@ def test_the_file_has_no_key_and_is_for_its_owner(path):
     assert len(key) > 40
     assert key[3:] not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    add_key(path, "another")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
     other = add_key(path, "press")
     assert other != key
     keys = Keys(path)

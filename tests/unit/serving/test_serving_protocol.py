@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from fieldmark.serving.tensors import inflate
 
 INFER = "/v2/models/model/infer"
 LENGTH = "inference-header-content-length"
+PACKED = {"content-encoding": "gzip"}
 PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, 16, 16, 3]}
 
 
@@ -147,6 +149,34 @@ def test_replies_are_compressed_as_the_client_asks(client, encode, accepted, use
 
 def infer(client, image, headers):
     return client.post(INFER, content=image, headers={LENGTH: "0", **headers})
+
+
+HUGE = [2**40 - 1] * 5_000
+MANY = [[]] * 20_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        ({"inputs": [PIXELS | {"shape": HUGE, "data": []}]}, "few sides. Got 5000"),
+        ({"inputs": [PIXELS | {"shape": [2**39] * 8, "data": []}]}, "values from 0 to 255"),
+        ({"inputs": [PIXELS | {"data": MANY}]}, "at most 5096 values"),
+        ({"inputs": [PIXELS | {"data": ["x" * 1000] + [1] * 767}]}, "values from 0 to 255"),
+        ({"inputs": [PIXELS | {"data": [1.5] * 768}]}, "values from 0 to 255"),
+        ({"inputs": [PIXELS | {"data": [True] * 768}]}, "values from 0 to 255"),
+        ({"inputs": [PIXELS | {"data": [0] * 768}], "outputs": [{"name": "logits"}] * 2}, "twice"),
+    ],
+)
+def test_what_is_small_as_text_and_large_as_objects_is_refused_at_once(client, asked, part):
+    started = time.process_time()
+    reply = client.post(INFER, content=gzip.compress(json.dumps(asked).encode()), headers=PACKED)
+    assert_error(reply, 400, part)
+    assert time.process_time() - started < 5
+
+
+def test_a_length_of_many_digits_is_a_bad_request(client):
+    reply = client.post(INFER, content=b"{}", headers={LENGTH: "9" * 5000})
+    assert_error(reply, 400, "must be a number of bytes")
 
 
 def test_inflating_never_holds_more_than_its_cap():

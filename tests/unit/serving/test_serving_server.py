@@ -1,5 +1,6 @@
 """server.py: a real process, its socket and its end."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -143,6 +144,42 @@ def test_a_signal_lets_a_request_finish(tiny_package, encode, number):
         assert served.end(number) == 0
         assert answer.result().json()["predictions"][0]["class_name"] == "red"
         assert served.rest == ""
+
+
+HUNG = """
+    import json, sys, time
+    from fieldmark.serving import server
+    from fieldmark.serving.limits import Limits
+    warm_up = server.warm_up
+    def hanging(predictor, *rest):
+        warm_up(predictor, *rest)
+        def hang(pixels):
+            print("in the model", file=sys.stderr, flush=True)
+            time.sleep(1000)
+        object.__setattr__(predictor, "predict", hang)
+    server.warm_up = hanging
+    server.END_WITHIN_S = server._LAST_WORK_S = 1
+    server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
+"""
+
+
+def test_a_model_that_hangs_does_not_keep_the_process(tiny_package, encode):
+    with Served(tiny_package, script=HUNG) as served, ThreadPoolExecutor(1) as pool:
+        url = served.url()
+        asked = pool.submit(httpx.post, f"{url}/v1/classify", content=encode("red"), timeout=30)
+        assert served.process.stderr.readline() == "in the model\n"
+        assert served.end(signal.SIGTERM) == 1
+        assert "did not come to an end" in served.rest
+        with contextlib.suppress(httpx.HTTPError):
+            assert asked.result().status_code != 200
+
+
+def test_sigterm_while_the_model_loads_ends_at_once(tiny_package, tmp_path):
+    with Served(tiny_package, tmp_path / "never", script=LOADING) as served:
+        assert served.process.stderr.readline() == "\n"
+        served.url()
+        assert served.end(signal.SIGTERM) == 0
+        assert "Serving" not in served.rest
 
 
 def test_sigterm_turns_readiness_off_and_goes_on_serving_for_a_while(tiny_package, encode):
