@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("job", choices=["same", "user"])
     parser.add_argument("--weights", required=True, help="tf_efficientnet_lite0, as local-dir:PATH")
     parser.add_argument("--images", type=Path, required=True, help="folder with JPEGs anywhere in")
+    parser.add_argument("--calib", type=Path, help="folder of images to calibrate int8 on")
     parser.add_argument("--package", type=Path, help="keep the package here [a temporary folder]")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one closed loop")
@@ -124,7 +125,7 @@ def main() -> None:
         # What this machine prefers is kept for the weights: the two jobs must not share it.
         os.environ["XDG_CACHE_HOME"] = str(package.parent / f"cache-{options.job}")
         try:
-            prepare(package, options.job, options.weights, f"folder:{options.images}")
+            prepare(package, options)
         except FieldmarkError as error:
             sys.exit(f"error: {error}")
         race = Race(
@@ -148,13 +149,15 @@ def jpegs(folder: Path) -> list[bytes]:
     return [paths[n].read_bytes() for n in order]
 
 
-def prepare(package: Path, job: str, weights: str, data: str) -> None:
-    """Make the package, let `bench` choose, and say what it chose."""
+def prepare(package: Path, options: argparse.Namespace) -> None:
+    """Make the package and let `bench` choose how it is served."""
+    data = f"folder:{options.images}"
     if not (package / "manifest.json").is_file():
-        fieldmark.package(weights, package, data=data)
+        fieldmark.package(options.weights, package, data=data)
         fieldmark.export(package, data=data)
-        if job == "user":
-            fieldmark.quantize(package, data=data)
+        if options.job == "user":
+            calib = f"folder:{options.calib}" if options.calib else ""
+            fieldmark.quantize(package, data=data, calib=calib)
     fieldmark.bench(package)
 
 
