@@ -5,10 +5,10 @@
 
 Each appends a row to benchmarks/results/finetune.json: the settings over the recipe, the wall time
 and CPU time of the command that a user types, and the accuracy on the source's own test split with
-its 95 % interval. Fine-tuning is fitted to an hour with its evaluation, by train.max_minutes. One run a row: the
-interval says nothing of the spread between seeds. Nothing is held out for validation, so that all
-training images are used: cross-validation chooses the probe's penalty, and nothing chooses among
-the fine-tuned weights, which are the last.
+its 95 % interval. Fine-tuning is fitted to an hour with its evaluation, by train.max_minutes. One
+run a row: the interval says nothing of the spread between seeds. Nothing is held out for
+validation, so that all training images are used: cross-validation chooses the probe's penalty, and
+nothing chooses among the fine-tuned weights, which are the last.
 
 Further settings replace those below: benchmarks/finetune.py probe ... model.image_px=96
 """

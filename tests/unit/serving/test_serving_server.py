@@ -177,7 +177,7 @@ def test_a_model_that_hangs_does_not_keep_the_process(tiny_package, encode):
 def test_sigterm_while_the_model_loads_ends_at_once(tiny_package, tmp_path):
     with Served(tiny_package, tmp_path / "never", script=LOADING) as served:
         assert served.process.stderr.readline() == "\n"
-        served.url()
+        assert httpx.get(f"{served.url()}/livez").status_code == 200
         assert served.end(signal.SIGTERM) == 0
         assert "Serving" not in served.rest
 
