@@ -17,7 +17,7 @@ class Api(ls.LitAPI):
 
     def decode_request(self, request: UploadFile):
         """Return the model's input."""
-        return self.model.decode(request["request"].file.read())
+        return self.model.decode(request.file.read())
 
     def batch(self, inputs):
         """Return the batch."""

@@ -16,7 +16,7 @@ class Api(ls.LitAPI):
 
     def decode_request(self, request: UploadFile):
         """Return the network's input."""
-        return self.model.decode(request["request"].file.read())
+        return self.model.decode(request.file.read())
 
     def predict(self, image):
         """Return the class."""

@@ -60,6 +60,7 @@ class Batcher:
         max_wait_s: float = 0.0,
         report: Callable[[BatchReport], None] = lambda _: None,
         cost: BatchCost | None = None,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         """Make a batcher, which is idle until an image comes.
 
@@ -71,6 +72,7 @@ class Batcher:
                 there when the model is free, which on a CPU loses nothing.
             report: is told of each batch.
             cost: what is known of it; it goes on learning.
+            pool: the threads that it runs in; None: its own.
         """
         self.cost = BatchCost() if cost is None else cost
         self.max_batch_size = max_batch_size
@@ -80,7 +82,7 @@ class Batcher:
         self._report = report
         self._queue: deque[Job] = deque()
         self._is_full = asyncio.Event()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="model")
+        self._pool = pool or ThreadPoolExecutor(workers, thread_name_prefix="model")
         self._working: set[asyncio.Task[None]] = set()
         self._running_since: dict[asyncio.Task[None], float] = {}
         self._num_running = 0

@@ -88,6 +88,9 @@ class Service:
                 max_wait_s=self.limits.max_wait_s,
                 report=self.metrics.batch,
                 cost=self._cost,
+                # A call for each core: more threads than cores would take the caches from each
+                # other, so images are decoded by the same ones.
+                pool=self._decoders if self.predictor.workers == self._num_cores > 1 else None,
             )
         return self._batcher
 
