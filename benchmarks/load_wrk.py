@@ -11,14 +11,14 @@ local bodies, next_one = {}, 0
 function init(args)
   for n = 1, tonumber(args[2]) do
     local file = io.open(args[1] .. "/" .. n .. ".body", "rb")
-    bodies[n] = file:read("*all")
+    bodies[n] = wrk.format("POST", nil, {["Content-Type"] = "%s"}, file:read("*all"))
     file:close()
   end
   next_one = tonumber(args[3])
 end
 function request()
   next_one = next_one %% #bodies + 1
-  return wrk.format("POST", nil, {["Content-Type"] = "%s"}, bodies[next_one])
+  return bodies[next_one]
 end
 function done(summary, latency)
   local e = summary.errors
