@@ -6,43 +6,32 @@ decoded and validated alone -> the model runs on what came together -> the answe
 goes takes its images out of the queue.
 """
 
-import base64
-from collections import Counter
 from concurrent.futures import Future
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request, Response, Security
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
-from starlette.datastructures import QueryParams
 
+from fieldmark.serving.classify import PARAMETERS, classify
 from fieldmark.serving.cost import BatchCost
-from fieldmark.serving.door import Door, count_images
+from fieldmark.serving.door import Door
 from fieldmark.serving.identity import Identified
-from fieldmark.serving.intake import TIMEOUT_HEADER, deadline_of, read_images
+from fieldmark.serving.intake import TIMEOUT_HEADER
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import HTTP_FORMATS, Limits
 from fieldmark.serving.predictor import Predictor
-from fieldmark.serving.presence import unless_gone
 from fieldmark.serving.protocol import make_router
 from fieldmark.serving.replies import (
     AliveBody,
-    BadQuery,
     BatchBody,
     ClassifyBody,
     ErrorBody,
-    ExplanationBody,
-    ItemBody,
     ReadyBody,
     add_error_handlers,
-    shown,
-    to_body,
-    to_error,
 )
-from fieldmark.serving.service import Answer, Service
+from fieldmark.serving.service import Service
 from fieldmark.serving.shedding import Shedding
-
-DEFAULT_TOP_K = 5
 
 _ERRORS: dict[int, str] = {
     401: "The request carries no key that is taken, where the service asks for one.",
@@ -78,6 +67,7 @@ _DESCRIBED = {
         },
     },
     "parameters": [
+        *PARAMETERS,
         {
             "name": TIMEOUT_HEADER,
             "in": "header",
@@ -85,7 +75,7 @@ _DESCRIBED = {
             "schema": {"type": "number", "exclusiveMinimum": 0},
             "description": "An answer later than this is of no use: the work is refused at once, "
             "or given up.",
-        }
+        },
     ],
 }
 
@@ -118,9 +108,9 @@ def create_app(
     if keys is not None:
         app.add_middleware(Door, service=service, keys=keys)
     app.add_middleware(Identified, service=service)
-    app.include_router(make_router(service))
     app.state.service = service
-    _add_classify(app, service)
+    _add_classify(app, service)  # first: routes are looked at in this order
+    app.include_router(make_router(service))
     _add_health(app, service)
     return app
 
@@ -128,55 +118,14 @@ def create_app(
 def _add_classify(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/classify",
-        response_model_exclude_none=True,
-        responses=_error_responses(400, 401, 413, 422, 429, 500, 503, 504),
+        response_model=None,
+        responses=_error_responses(400, 401, 413, 422, 429, 500, 503, 504)
+        | {200: {"model": ClassifyBody | BatchBody, "description": "The classes."}},
         openapi_extra=_DESCRIBED,
     )
-    async def classify(
-        request: Request,
-        top_k: Annotated[
-            int | None,
-            Query(ge=1, description="How many classes; by default 5, or all if there are fewer."),
-        ] = None,
-        explain: Annotated[
-            bool,
-            Query(description="Whether to draw what spoke for the likeliest class of each image."),
-        ] = False,
-    ) -> ClassifyBody | BatchBody:
+    async def classify_images(request: Request) -> Response:
         """Classify one JPEG, PNG or WebP image, or several of them in one request."""
-        check_query(request.query_params, "top_k", "explain")
-        ready = service.predictor
-        count = min(DEFAULT_TOP_K, ready.num_classes) if top_k is None else top_k
-        if count > ready.num_classes:
-            raise BadQuery(f"top_k must be from 1 to {ready.num_classes}. Got {count}.")
-        if explain and ready.maps is None:
-            raise BadQuery(
-                f"explain must be false: variant {ready.variant} of this model gives no features."
-            )
-        deadline = deadline_of(request, service.limits)
-        images = await read_images(request, service)
-        if explain and 2 * len(images.encoded) > service.limits.max_inside:
-            raise BadQuery(
-                f"at most {service.limits.max_inside // 2} images may be explained in a request. "
-                f"Got {len(images.encoded)}."
-            )
-        count_images(request, service, len(images.encoded))
-        found = await unless_gone(request, service.answers(images.encoded, deadline, explain))
-        about: dict[str, Any] = {"model": ready.model_id, "preprocessing": ready.preprocessing}
-        if not images.is_list:
-            [one] = found
-            if isinstance(one, Exception):
-                raise one
-            return ClassifyBody(**about, **_answer(ready, one, count))
-        items = []
-        for index, (name, one) in enumerate(zip(images.names, found, strict=True)):
-            if isinstance(one, Exception):
-                status, detail = to_error(one)
-                items.append(ItemBody(index=index, name=name, status=status, error=detail))
-            else:
-                answer = _answer(ready, one, count)
-                items.append(ItemBody(index=index, name=name, status=200, **answer))
-        return BatchBody(**about, results=items)
+        return await classify(request, service)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -197,27 +146,6 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Counters and times, for Prometheus."""
         page, content_type = service.metrics.page(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
-
-
-def _answer(predictor: Predictor, found: Answer, top_k: int) -> dict[str, Any]:
-    """Return the parts of a body that say what one image shows."""
-    [ranked] = predictor.rank(found.logits[None], top_k)
-    parts: dict[str, Any] = {"predictions": [to_body(prediction) for prediction in ranked]}
-    if found.png is not None:
-        text = base64.b64encode(found.png).decode()
-        parts["explanation"] = ExplanationBody(class_name=ranked[0].class_name, png=text)
-    return parts
-
-
-def check_query(given: QueryParams, *known: str) -> None:
-    """Raise BadQuery for a parameter that does not exist, or is given twice."""
-    for name, count in Counter(name for name, _ in given.multi_items()).items():
-        if name not in known:
-            raise BadQuery(
-                f"query parameter must be one of {', '.join(known)}. Got {shown(name)}. Remove it."
-            )
-        if count > 1:
-            raise BadQuery(f"{name} must be given once. Got {count} of it.")
 
 
 def _error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

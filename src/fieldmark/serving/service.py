@@ -181,25 +181,39 @@ class Service:
         self._num_inside += places
         self._bytes_inside += num_bytes
         try:
-            tasks = [asyncio.create_task(self._one(image, deadline, explain)) for image in images]
-            try:
-                async with asyncio.timeout_at(_loop_time(deadline)):
-                    await asyncio.gather(*tasks, return_exceptions=True)
-            except TimeoutError:
-                pass
-            except asyncio.CancelledError:
-                self.metrics.refused("client_gone")
-                raise
-            finally:
-                for task in tasks:
-                    task.cancel()
+            found = await self._all(images, deadline, explain)
+        except asyncio.CancelledError:
+            self.metrics.refused("client_gone")
+            raise
         finally:
             self._num_inside -= places
             self._bytes_inside -= num_bytes
-        found = [_outcome(task) for task in tasks]
         for outcome in found:
             self.metrics.image(to_error(outcome)[0] if isinstance(outcome, Exception) else 200)
         return found
+
+    async def _all(
+        self, images: Sequence[bytes | Pixels], deadline: float, explain: bool
+    ) -> list[Answer | Exception]:
+        ends_at = _loop_time(deadline)
+        if len(images) == 1:  # without a task of its own, which would cost more than this
+            try:
+                async with asyncio.timeout_at(ends_at):
+                    return [await self._one(images[0], deadline, explain)]
+            except TimeoutError:
+                return [_too_late()]
+            except Exception as error:  # noqa: BLE001  # the image's answer
+                return [error]
+        tasks = [asyncio.create_task(self._one(image, deadline, explain)) for image in images]
+        try:
+            async with asyncio.timeout_at(ends_at):
+                await asyncio.gather(*tasks, return_exceptions=True)
+        except TimeoutError:
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+        return [_outcome(task) for task in tasks]
 
     def must_have_room(self, num_images: int, num_bytes: int, deadline: float) -> None:
         """Raise Busy where images cannot be taken now; errors as `logits`."""
@@ -306,8 +320,12 @@ def _loop_time(deadline: float) -> float | None:
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
+def _too_late() -> Late:
+    return Late("the answer must come before its deadline. It did not. Allow more time.")
+
+
 def _outcome(task: "asyncio.Task[Answer]") -> Answer | Exception:
     if not task.done() or task.cancelled():
-        return Late("the answer must come before its deadline. It did not. Allow more time.")
+        return _too_late()
     error = task.exception()
     return task.result() if error is None else cast(Exception, error)
