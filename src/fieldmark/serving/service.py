@@ -12,6 +12,7 @@ from typing import cast
 
 import numpy as np
 
+from fieldmark.errors import ImageError, ModelError
 from fieldmark.preprocess import Pixels
 from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.batcher import Batcher, Logits
@@ -22,6 +23,7 @@ from fieldmark.serving.metrics import Metrics
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
 
+_LEARN, _MAX_SLOWNESS = 0.05, 10.0
 THREAD_NAMES = ("image", "explain", "model")  # how those of a service begin
 
 
@@ -61,6 +63,7 @@ class Service:
         self._bytes_inside = 0
         self._bytes_arriving = 0
         self._decode_s = 0.0  # of an image, a moving average
+        self._slowness = 1.0  # what work took over what it should have, a moving average
         self._add_gauges()
         if isinstance(predictor, Predictor):
             self.metrics.model(predictor)
@@ -88,9 +91,7 @@ class Service:
                 max_wait_s=self.limits.max_wait_s,
                 report=self.metrics.batch,
                 cost=self._cost,
-                # A call for each core: more threads than cores would take the caches from each
-                # other, so images are decoded by the same ones.
-                pool=self._decoders if self.predictor.workers == self._num_cores > 1 else None,
+                pool=self._decoders if self._shares_threads else None,
             )
         return self._batcher
 
@@ -142,14 +143,30 @@ class Service:
         self._bytes_arriving += num_bytes
 
     def predicted_s(self, num_images: int) -> float:
-        """Return how long so many images on top of those inside would take; 0: not yet known.
+        """Return how long so many images on top of those inside would take; 0: not yet known."""
+        return self._work_s(num_images) * self._slowness
 
-        Decoding and the model work at the same time, so the slower of the two counts.
-        """
+    def _work_s(self, num_images: int) -> float:
+        """Return the time of the model and of decoding, as if nothing else took any."""
         batcher = self.batcher
         inside = self._num_inside + num_images
         model_s = batcher.cost.seconds(inside, batcher.max_batch_size) / batcher.workers
-        return max(model_s, self._decode_s * inside / self._num_cores)
+        decode_s = self._decode_s * inside / self._num_cores
+        return model_s + decode_s if self._shares_threads else max(model_s, decode_s)
+
+    @property
+    def _shares_threads(self) -> bool:
+        """Whether images are decoded by the model's threads.
+
+        With a call for each core, more threads would only take the caches from each other.
+        """
+        return self.predictor.workers == self._num_cores > 1
+
+    def _learn(self, work_s: float, seconds: float) -> None:
+        """Compare what was predicted with what it took, which refusals and others add to."""
+        if work_s > 0:
+            ratio = min(max(seconds / work_s, 0.5), _MAX_SLOWNESS)
+            self._slowness += _LEARN * (ratio - self._slowness)
 
     async def logits(
         self, images: Sequence[bytes | Pixels], deadline: float
@@ -178,6 +195,7 @@ class Service:
         num_bytes = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in images)
         places = len(images) * (2 if explain else 1)
         self.must_have_room(places, num_bytes, deadline)
+        work_s, started = self._work_s(places), time.monotonic()
         self._num_inside += places
         self._bytes_inside += num_bytes
         try:
@@ -188,6 +206,8 @@ class Service:
         finally:
             self._num_inside -= places
             self._bytes_inside -= num_bytes
+        if not any(isinstance(one, ImageError | ModelError) for one in found):
+            self._learn(work_s, time.monotonic() - started)
         for outcome in found:
             self.metrics.image(to_error(outcome)[0] if isinstance(outcome, Exception) else 200)
         return found
