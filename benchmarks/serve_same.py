@@ -49,7 +49,7 @@ def main() -> None:
         same = Same(options.model, options.variant, Path(folder))
         files = same.write_images(options.data, options.images)
         row = same.compare(files)
-    where = {"model": options.model.name, "variant": options.variant, "images": len(files)}
+    where = {"model": same.name, "variant": options.variant, "images": len(files)}
     print(json.dumps(where | row), file=sys.stderr)
     results_file.append_row(NAME, COMMAND, where | row)
 
