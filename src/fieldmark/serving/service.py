@@ -23,7 +23,8 @@ from fieldmark.serving.metrics import Metrics
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
 
-_LEARN, _MAX_SLOWNESS = 0.05, 10.0
+_PUNCTUAL = 0.95  # of the admitted should be answered by when it was predicted
+_LEARN, _MAX_SLOWNESS = 0.03, 10.0
 THREAD_NAMES = ("image", "explain", "model")  # how those of a service begin
 
 
@@ -63,7 +64,7 @@ class Service:
         self._bytes_inside = 0
         self._bytes_arriving = 0
         self._decode_s = 0.0  # of an image, a moving average
-        self._slowness = 1.0  # what work took over what it should have, a moving average
+        self._slowness = 1.0  # what nearly all work took at most, over what it should have
         self._add_gauges()
         if isinstance(predictor, Predictor):
             self.metrics.model(predictor)
@@ -163,10 +164,15 @@ class Service:
         return self.predictor.workers == self._num_cores > 1
 
     def _learn(self, work_s: float, seconds: float) -> None:
-        """Compare what was predicted with what it took, which refusals and others add to."""
+        """Compare what was predicted with what it took, which refusals and others add to.
+
+        What is admitted just in time must not be late half of the time, so a high quantile is
+        followed and not the mean.
+        """
         if work_s > 0:
-            ratio = min(max(seconds / work_s, 0.5), _MAX_SLOWNESS)
-            self._slowness += _LEARN * (ratio - self._slowness)
+            is_slower = seconds > work_s * self._slowness
+            step = _PUNCTUAL if is_slower else _PUNCTUAL - 1
+            self._slowness = min(max(self._slowness * (1 + _LEARN * step), 0.5), _MAX_SLOWNESS)
 
     async def logits(
         self, images: Sequence[bytes | Pixels], deadline: float
