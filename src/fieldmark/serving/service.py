@@ -148,12 +148,16 @@ class Service:
         return self._work_s(num_images) * self._slowness
 
     def _work_s(self, num_images: int) -> float:
-        """Return the time of the model and of decoding, as if nothing else took any."""
+        """Return the time of the model and of decoding, as if nothing else took any.
+
+        The last image takes its own time, after that of those before it on all threads.
+        """
         batcher = self.batcher
-        inside = self._num_inside + num_images
-        model_s = batcher.cost.seconds(inside, batcher.max_batch_size) / batcher.workers
-        decode_s = self._decode_s * inside / self._num_cores
-        return model_s + decode_s if self._shares_threads else max(model_s, decode_s)
+        before = self._num_inside + num_images - 1
+        model_s = batcher.cost.seconds(before, batcher.max_batch_size) / batcher.workers
+        decode_s = self._decode_s * before / self._num_cores
+        wait_s = model_s + decode_s if self._shares_threads else max(model_s, decode_s)
+        return wait_s + batcher.cost.seconds(1, batcher.max_batch_size) + self._decode_s
 
     @property
     def _shares_threads(self) -> bool:
