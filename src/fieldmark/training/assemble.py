@@ -25,6 +25,7 @@ from fieldmark.training.session import Batches, Validate, closing_if_it_can
 from fieldmark.training.state import TrainState
 
 _TIMED_S, _PATIENCE_S, _MOST_TIMED = 2.0, 60.0, 100_000
+_LEAST_TIMED = 3  # updates of several seconds each vary, too
 
 
 def make_rule(
@@ -138,7 +139,7 @@ def measure_timing(
             steps = train_steps(rule, batches, start_step=0, total_steps=_MOST_TIMED)
             _advance(steps, 1 + num_prepared, 0.0)
             began = time.monotonic()
-            count = _advance(steps, max(1, num_prepared), _TIMED_S)
+            count = _advance(steps, max(_LEAST_TIMED, num_prepared), _TIMED_S)
             update_s[px] = (time.monotonic() - began) / count
     began = time.monotonic()
     if validate is not None:
