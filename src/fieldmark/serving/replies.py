@@ -8,7 +8,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fieldmark.errors import FieldmarkError, ImageError
-from fieldmark.serving.predictor import Prediction
 
 SHOWN_CHARACTERS = 80  # of what a client sent, when an error repeats it
 
@@ -167,15 +166,6 @@ def to_error(error: Exception) -> tuple[int, ErrorDetail]:
     if isinstance(error, ImageError | RequestError):
         return error.http_status, ErrorDetail(code=error.code, message=str(error))
     return 500, INTERNAL
-
-
-def to_body(prediction: Prediction) -> PredictionBody:
-    """Return a prediction as it is sent."""
-    return PredictionBody(
-        class_name=prediction.class_name,
-        description=prediction.description or None,
-        probability=prediction.probability,
-    )
 
 
 def shown(value: object) -> str:

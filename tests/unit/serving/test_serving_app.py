@@ -583,6 +583,26 @@ def test_bytes_that_nobody_waits_for_are_not_kept(make_predictor, encode):
     assert asyncio.run(flood()) == (0, 0)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_call_for_each_core_decodes_in_the_threads_of_the_model(
+    make_predictor, encode, monkeypatch, is_shared
+):
+    monkeypatch.setattr("fieldmark.serving.service.num_cores", lambda: 2)
+    found = []
+
+    def predict(pixels):
+        found.append(threading.current_thread().name)
+        return np.zeros((len(pixels), 3), np.float32)
+
+    one = dataclasses.replace(make_predictor(predict), workers=2 if is_shared else 1)
+
+    async def ask():
+        await Service(one, Limits()).logits([encode("red")], math.inf)
+
+    asyncio.run(ask())
+    assert found[0].startswith("image" if is_shared else "model")
+
+
 # --- described ---
 
 

@@ -404,3 +404,10 @@ def test_serving_in_a_thread_leaves_the_signals_alone(tmp_path):
     thread.join(20)
     assert [error.code for error in errors] == ["bad_package"]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_parts_of_an_answer_do_not_wait_for_an_acknowledgement():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted = listener.accept()[0]
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
