@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 
-from fieldmark.serving.classify import PARAMETERS, classify
+from fieldmark.serving.classify import PARAMETERS, PATH, Direct, classify
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.door import Door
 from fieldmark.serving.identity import Identified
@@ -104,7 +104,8 @@ def create_app(
         dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     add_error_handlers(app)
-    app.add_middleware(Shedding, service=service)  # the last that is added is the outermost
+    app.add_middleware(Direct, service=service)  # the last that is added is the outermost
+    app.add_middleware(Shedding, service=service)
     if keys is not None:
         app.add_middleware(Door, service=service, keys=keys)
     app.add_middleware(Identified, service=service)
@@ -117,7 +118,7 @@ def create_app(
 
 def _add_classify(app: FastAPI, service: Service) -> None:
     @app.post(
-        "/v1/classify",
+        PATH,
         response_model=None,
         responses=_error_responses(400, 401, 413, 422, 429, 500, 503, 504)
         | {200: {"model": ClassifyBody | BatchBody, "description": "The classes."}},

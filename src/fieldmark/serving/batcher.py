@@ -2,18 +2,19 @@
 
 Nothing runs until an image comes. Then the batcher waits at most `max_wait_s` for a batch to fill,
 from its first image on, drops those whose client has gone or whose deadline has passed, and runs
-the rest in a thread. A batch that fails is run again image by image, so that one image's
-failure is no other's.
+the rest in a thread, which first decodes those that are still encoded. A batch that fails is run
+again image by image, so that one image's failure is no other's.
 """
 
 import asyncio
 import contextlib
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ Logits = npt.NDArray[np.float32]
 class Job:
     """One image on its way through the model."""
 
-    pixels: Pixels
+    image: bytes | Pixels
     deadline: float  # time.monotonic(); infinity: none
     answer: asyncio.Future[Logits]
     since: float = field(default_factory=time.monotonic)
@@ -49,12 +50,13 @@ class BatchReport:
 
 
 class Batcher:
-    """A queue in front of a model. All methods belong to one event loop."""
+    """A queue in front of a model. All public methods belong to one event loop."""
 
     def __init__(
         self,
         predict: Predict,
         *,
+        decode: Callable[[bytes, float], Pixels] | None = None,
         workers: int = 1,
         max_batch_size: int,
         max_wait_s: float = 0.0,
@@ -67,7 +69,9 @@ class Batcher:
         Args:
             predict: uint8 (B, H, W, 3) -> logits, float32 (B, num_classes); raises if one is not
                 finite.
-            workers: batches that run at once.
+            decode: an encoded image and its deadline -> uint8 (H, W, 3); None: none is encoded.
+            workers: batches that run at once. What waits is shared among them, but for batches
+                that are to fill.
             max_wait_s: how long a batch waits to fill, from its first image on. 0: whatever is
                 there when the model is free, which on a CPU loses nothing.
             report: is told of each batch.
@@ -78,20 +82,19 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self.workers = workers
         self._predict = predict
+        self._decode = decode
         self._max_wait_s = max_wait_s
         self._report = report
-        self._queue: deque[Job] = deque()
-        self._is_full = asyncio.Event()
         self._pool = pool or ThreadPoolExecutor(workers, thread_name_prefix="model")
-        self._working: set[asyncio.Task[None]] = set()
-        self._running_since: dict[asyncio.Task[None], float] = {}
-        self._num_running = 0
         self._crash: str | None = None
+        self._changed = threading.Condition()  # of the queue; held for all that follows
+        self._queue: deque[Job] = deque()
+        self._num_turns = 0  # in the pool, waiting or running: at most as many as workers
+        self._running_since: dict[int, float] = {}  # by thread
+        self._num_running = 0
 
     def close(self) -> None:
         """Give up what waits."""
-        for task in self._working:
-            task.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -106,113 +109,173 @@ class Batcher:
 
     def oldest_s(self) -> float:
         """Return how long the first image in the queue has waited, in seconds."""
-        return time.monotonic() - self._queue[0].since if self._queue else 0.0
+        with self._changed:
+            return time.monotonic() - self._queue[0].since if self._queue else 0.0
 
     def problem(self, hung_after_s: float) -> str | None:
         """Return why no image will be answered any more, or None."""
         if self._crash is not None:
             return self._crash
-        now = time.monotonic()
-        longest = max((now - since for since in self._running_since.values()), default=0.0)
-        if longest > hung_after_s:
+        with self._changed:
+            first = min(self._running_since.values(), default=math.inf)
+        if time.monotonic() - first > hung_after_s:
             return f"the model has been busy with one batch for more than {hung_after_s:g} s"
         return None
 
-    async def logits(self, pixels: Pixels, deadline: float) -> Logits:
+    async def logits(self, image: bytes | Pixels, deadline: float) -> Logits:
         """Return the logits of an image, float32 (num_classes,).
 
         Cancelled before its batch begins, the image is not computed.
 
         Args:
-            pixels: uint8 (H, W, 3).
+            image: uint8 (H, W, 3), or encoded where there is a `decode`.
             deadline: on the clock of time.monotonic().
 
         Raises:
             Late: the deadline passed before its batch began.
             ModelError: the model fails for this image, also alone.
+            ImageError: what `decode` raises of it.
         """
-        job = Job(pixels, deadline, asyncio.get_running_loop().create_future())
-        self._queue.append(job)
-        if len(self._queue) >= self.max_batch_size:
-            self._is_full.set()
-        if len(self._working) < self.workers:
-            task = asyncio.create_task(self._work())
-            self._working.add(task)
-            task.add_done_callback(self._has_ended)
+        loop = asyncio.get_running_loop()
+        job = Job(image, deadline, loop.create_future())
+        with self._changed:
+            self._queue.append(job)
+            if len(self._queue) >= self.max_batch_size:
+                self._changed.notify()
+            is_turn = self._num_turns < self.workers
+            self._num_turns += is_turn
+        if is_turn:
+            loop.call_soon(self._submit)  # not at once: what a request has goes together
         return await job.answer
 
-    async def _work(self) -> None:
-        """Run batches while there are images."""
-        me = cast("asyncio.Task[None]", asyncio.current_task())
+    def _submit(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._pool.submit(self._turn)
+
+    def _turn(self) -> None:
+        """Run a batch, in a thread, and then another while there are images.
+
+        The next one needs no word from the event loop: until that comes, a core would be idle.
+        """
         try:
-            while self._queue:
-                batch = await self._next_batch()
-                if not batch:
-                    continue
-                self._running_since[me] = time.monotonic()
-                self._num_running += len(batch)
-                try:
-                    await self._run(batch)
-                finally:
-                    self._num_running -= len(batch)
-                    del self._running_since[me]
-        finally:
-            # In the same step as the last look at the queue: an image that comes next must find
-            # that nobody works.
-            self._working.discard(me)
+            batch = self._next_batch()
+            if batch:
+                self._run(batch)
+        except Exception as error:  # noqa: BLE001  # nobody else would hear of it
+            self._has_crashed(error)
+        with self._changed:
+            if not self._queue:
+                # In the same step as the last look at it: an image that comes next must find that
+                # nobody works.
+                self._num_turns -= 1
+                return
+        self._submit()  # behind others that wait for the same threads
 
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._crash = "what runs the model has crashed"
-            log.warn(f"{self._crash}: {task.exception()!r}")
-
-    async def _next_batch(self) -> list[Job]:
-        """Return what runs next; empty if all of it has been given up."""
-        closes = self._queue[0].since + self._max_wait_s
-        left = closes - time.monotonic()
-        if left > 0 and len(self._queue) < self.max_batch_size:
-            self._is_full = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_full.wait(), left)
+    def _next_batch(self) -> list[Job]:
+        """Return what runs next, on the way into the model; empty if all of it was given up."""
         batch: list[Job] = []
-        now = time.monotonic()
-        while self._queue and len(batch) < self.max_batch_size:
-            job = self._queue.popleft()
-            if job.answer.done():  # its client has gone
-                continue
-            if job.deadline <= now:
-                job.answer.set_exception(Late.before_the_model(now - job.since))
-                continue
-            batch.append(job)
+        late: list[Job] = []
+        with self._changed:
+            most = min(self.max_batch_size, -(-len(self._queue) // self.workers))
+            if self._max_wait_s and self._queue:
+                most = self.max_batch_size
+                left = self._queue[0].since + self._max_wait_s - time.monotonic()
+                self._changed.wait_for(lambda: len(self._queue) >= most, max(0.0, left))
+            now = time.monotonic()
+            while self._queue and len(batch) < most:
+                job = self._queue.popleft()
+                if not job.answer.done():  # else its client has gone
+                    (late if job.deadline <= now else batch).append(job)
+            if batch:
+                self._num_running += len(batch)
+                self._running_since[threading.get_ident()] = now
+        for job in late:
+            _tell(job, _settle, job, Late.before_the_model(now - job.since))
         return batch
 
-    async def _run(self, batch: list[Job]) -> None:
-        started = time.monotonic()
-        found, failed = await self._compute([job.pixels for job in batch])
-        seconds = time.monotonic() - started
-        if not failed:
-            self.cost.add(len(batch), seconds)
-        for job, answer in zip(batch, found, strict=True):
-            if job.answer.done():
-                continue
-            if isinstance(answer, Exception):
-                job.answer.set_exception(answer)
-            else:
-                job.answer.set_result(answer)
-        waited = tuple(started - job.since for job in batch)
-        self._report(BatchReport(len(batch), seconds, waited, failed))
-
-    async def _compute(self, images: list[Pixels]) -> tuple[list[Logits | Exception], bool]:
-        """Return for each image its logits or what went wrong, and whether the batch failed."""
-        run = asyncio.get_running_loop().run_in_executor
+    def _run(self, batch: list[Job]) -> None:
         try:
-            return list(await run(self._pool, self._predict, np.stack(images))), False
+            done = self._compute(batch)
+        finally:
+            with self._changed:
+                self._num_running -= len(batch)
+                del self._running_since[threading.get_ident()]
+        _tell(batch[0], self._deliver, batch, done)
+
+    def _deliver(self, batch: list[Job], done: "_Done") -> None:
+        """Take what a thread has done, on the event loop."""
+        for job, answer in zip(batch, done.answers, strict=True):
+            _settle(job, answer)
+        try:
+            if done.num_images and not done.failed:
+                self.cost.add(done.num_images, done.seconds)
+            if done.num_images:
+                waited = tuple(done.started - job.since for job in batch)
+                self._report(BatchReport(done.num_images, done.seconds, waited, done.failed))
+        except Exception as error:  # noqa: BLE001  # nobody else would hear of it
+            self._has_crashed(error)
+
+    def _has_crashed(self, error: Exception) -> None:
+        self._crash = "what runs the model has crashed"
+        log.warn(f"{self._crash}: {error!r}")
+
+    def _compute(self, batch: list[Job]) -> "_Done":
+        """Decode and run a batch, in a thread."""
+        began = time.monotonic()
+        images = [self._decoded(job) for job in batch]
+        pixels = [image for image in images if not isinstance(image, Exception)]
+        started = time.monotonic()
+        found, failed = self._logits(pixels) if pixels else ([], False)
+        seconds = time.monotonic() - started
+        rest = iter(found)
+        answers = [image if isinstance(image, Exception) else next(rest) for image in images]
+        return _Done(answers, len(pixels), began, seconds, failed)
+
+    def _decoded(self, job: Job) -> Pixels | Exception:
+        if not isinstance(job.image, bytes):
+            return job.image
+        if self._decode is None:
+            raise AssertionError("an encoded image needs a decoder")
+        try:
+            return self._decode(job.image, job.deadline)
+        except Exception as error:  # noqa: BLE001  # this image's answer and no other's
+            return error
+
+    def _logits(self, images: list[Pixels]) -> tuple[list[Logits | Exception], bool]:
+        """Return for each image its logits or what went wrong, and whether the batch failed."""
+        try:
+            return list(self._predict(np.stack(images))), False
         except Exception as error:  # noqa: BLE001  # whatever a run time raises
             if len(images) == 1:
                 return [_as_model_error(error)], True
             log.warn(f"a batch of {len(images)} images failed ({error}): each is run alone")
-        alone = [(await self._compute([image]))[0][0] for image in images]
-        return alone, True
+        return [self._logits([image])[0][0] for image in images], True
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a thread made of a batch."""
+
+    answers: list[Logits | Exception]
+    num_images: int  # that reached the model
+    started: float  # time.monotonic(), before any was decoded
+    seconds: float  # in the model
+    failed: bool
+
+
+def _settle(job: Job, answer: Logits | Exception) -> None:
+    if job.answer.done():
+        return
+    if isinstance(answer, Exception):
+        job.answer.set_exception(answer)
+    else:
+        job.answer.set_result(answer)
+
+
+def _tell(job: Job, call: Callable[..., None], *arguments: object) -> None:
+    """Have the event loop of a job call something."""
+    with contextlib.suppress(RuntimeError):  # it has ended
+        job.answer.get_loop().call_soon_threadsafe(call, *arguments)
 
 
 def _as_model_error(error: Exception) -> Exception:

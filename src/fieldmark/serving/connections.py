@@ -14,10 +14,8 @@ import resource
 from collections.abc import Callable
 from typing import Any, Literal
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from fieldmark.runtime import log
+from fieldmark.serving.bounded import BoundedHttp
 from fieldmark.serving.limits import Limits
 
 Phase = Literal["header", "body", "answer", "idle"]
@@ -85,8 +83,8 @@ class Connections:
         self._idle.pop(one, None)
 
 
-class _Guarded(H11Protocol):
-    """uvicorn's protocol, with a deadline for each phase."""
+class _Guarded(BoundedHttp):
+    """A connection with a deadline for each phase."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
@@ -145,9 +143,9 @@ class _Guarded(H11Protocol):
         """Close the connection; a client that was sending a request is told why."""
         self._all.refused(reason)
         self._all.discard(self)
-        is_sending = self._phase is not None and self._phase[0] in ("header", "body")
-        has_begun = bool(self.conn.trailing_data[0]) or self._phase_is("body")
-        if is_sending and has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        phase = self._found_phase()
+        is_untold = phase == "body" and not self.cycle.response_started
+        if is_untold or (phase == "header" and self.reading is not None):
             if reason == "crowded":
                 self._say(503, reason, "the service has too many connections. Retry later.")
             else:
@@ -156,9 +154,6 @@ class _Guarded(H11Protocol):
         else:
             self._cancel()
             self.transport.abort()
-
-    def _phase_is(self, phase: Phase) -> bool:
-        return self._phase is not None and self._phase[0] == phase
 
     def _look(self) -> None:
         """Set the deadline of the phase that the connection has come to."""
@@ -184,13 +179,12 @@ class _Guarded(H11Protocol):
             self._timer = self.loop.call_later(limits.idle_timeout_s, self.transport.close)
 
     def _found_phase(self) -> Phase:
-        theirs = self.conn.their_state
-        if theirs is h11.SEND_BODY:
-            return "body"
-        if theirs is h11.IDLE:
-            is_first = self.cycle is None
-            return "header" if is_first or self.conn.trailing_data[0] else "idle"
-        return "answer"
+        being_read = 1 if self.reading == "body" else 0
+        if self.num_unanswered > being_read:
+            return "answer"
+        if self.reading is not None:
+            return self.reading
+        return "header" if self.cycle is None else "idle"
 
     def _cancel(self) -> None:
         for timer in (self._timer, self._write_timer):
@@ -210,7 +204,6 @@ class _Guarded(H11Protocol):
         ]
         if status == 503:
             headers.append(("retry-after", "1"))
-        # h11 has lost track of a request that it could not read, so the bytes are written here.
         lines = [f"HTTP/1.1 {status} {_PHRASES[status]}", *(f"{k}: {v}" for k, v in headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()

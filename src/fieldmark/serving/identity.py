@@ -3,7 +3,7 @@
 import time
 import traceback
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,7 +39,7 @@ class Identified:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._mark(MutableHeaders(scope=message), identity)
+                message["headers"] = [*message.get("headers", ()), *self._marks(identity)]
             await send(message)
 
         try:
@@ -52,17 +52,20 @@ class Identified:
         finally:
             self._count(scope, status, time.monotonic() - started)
 
-    def _mark(self, headers: MutableHeaders, identity: str) -> None:
-        headers["X-Request-Id"] = identity
+    def _marks(self, identity: str) -> list[tuple[bytes, bytes]]:
+        marks = [(b"x-request-id", identity.encode())]
         if self._service.is_draining:
-            headers["Connection"] = "close"
+            marks.append((b"connection", b"close"))
         try:
             predictor = self._service.predictor
         except NotReady:
-            return
-        headers["X-Model-Id"] = predictor.model_id
-        headers["X-Model-Version"] = predictor.version
-        headers["X-Preprocessing"] = predictor.preprocessing
+            return marks
+        return [
+            *marks,
+            (b"x-model-id", predictor.model_id.encode()),
+            (b"x-model-version", predictor.version.encode("latin-1")),
+            (b"x-preprocessing", predictor.preprocessing.encode()),
+        ]
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # The template that matched: a path is the client's choice and would be a label without end.

@@ -9,10 +9,8 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from fieldmark.errors import BodyTooLarge
@@ -22,6 +20,7 @@ from fieldmark.serving.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_MAX_PART_HEAD_BYTES = 16_384
 SPARE_PARTS = 1000  # values in JSON beside images
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 
@@ -110,74 +109,51 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         service.arrive(-len(body))
 
 
-class _Form:
-    """The files of a form, collected as its parser finds them."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.files: list[tuple[str | None, bytearray]] = []
-        self.has_ended = False
-        self._limits = limits
-        self._field = b""
-        self._headers: dict[bytes, bytes] = {}
-
-    def callbacks(self) -> dict[str, Any]:
-        """Return what the parser calls."""
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: self._add_field(data[start:end]),
-            "on_header_value": lambda data, start, end: self._add_value(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_part_data": lambda data, start, end: self._add(data[start:end]),
-            "on_headers_finished": self._name_file,
-            "on_end": self._end,
-        }
-
-    def _begin(self) -> None:
-        if len(self.files) >= self._limits.max_images:
-            raise BadBody(
-                f"a request must have at most {self._limits.max_images} images. Got more. "
-                "Send several requests."
-            )
-        self.files.append((None, bytearray()))
-        self._headers, self._field = {}, b""
-
-    def _add_field(self, data: bytes) -> None:
-        self._field += data.lower()
-
-    def _add_value(self, data: bytes) -> None:
-        self._headers[self._field] = self._headers.get(self._field, b"") + data
-
-    def _end_header(self) -> None:
-        self._field = b""
-
-    def _name_file(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        name = options.get(b"filename") or options.get(b"name")
-        text = None if name is None else name.decode("utf-8", "replace")[:255]
-        self.files[-1] = (text, self.files[-1][1])
-
-    def _add(self, data: bytes) -> None:
-        self.files[-1][1].extend(data)
-
-    def _end(self) -> None:
-        self.has_ended = True
-
-
 def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:
-    form = _Form(limits)
-    try:
-        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-        parser.write(body)
-        parser.finalize()
-    except FormParserError:
-        raise BadBody("the form must be what its content type says. It cannot be read.") from None
-    if not form.has_ended:
+    """Return the parts of multipart/form-data (RFC 2046, section 5.1.1), each as an image."""
+    if not boundary:
+        raise BadBody("the form must have a boundary in its content type. It has none.")
+    # What lies between two delimiters, each at the beginning of a line; the last is --boundary--.
+    # More pieces than may be are not looked for: they would only take memory.
+    most = limits.max_images + 2
+    before, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary, most)
+    ends = next((n for n, part in enumerate(parts) if part.startswith(b"--")), None)
+    if (len(parts) if ends is None else ends) > limits.max_images:
+        raise BadBody(
+            f"a request must have at most {limits.max_images} images. Got more. "
+            "Send several requests."
+        )
+    if before.strip():
+        raise _unreadable()
+    if ends is None:
         raise BadBody("the form must end with its boundary. It does not. Send it again.")
-    if not form.files:
+    if not ends:
         raise BadBody("the form must have an image in each part. It has no part.")
-    return Images(
-        [bytes(data) for _, data in form.files], [name for name, _ in form.files], is_list=True
-    )
+    found = [_part(part) for part in parts[:ends]]
+    return Images([data for _, data in found], [name for name, _ in found], is_list=True)
+
+
+def _part(part: bytes) -> tuple[str | None, bytes]:
+    """Return the name and the content of a part, from the end of its delimiter on."""
+    line, ends_line, rest = part.partition(b"\r\n")
+    head, ends_head, content = (b"\r\n" + rest).partition(b"\r\n\r\n")
+    is_whole = bool(ends_line and ends_head) and not line.strip(b" \t")
+    if not is_whole or len(head) > _MAX_PART_HEAD_BYTES:
+        raise _unreadable()
+    text = None
+    for header in head.split(b"\r\n")[1:]:
+        field, colon, value = header.partition(b":")
+        if not colon:
+            raise _unreadable()
+        if field.strip().lower() == b"content-disposition":
+            options = parse_options_header(value)[1]
+            name = options.get(b"filename") or options.get(b"name")
+            text = None if name is None else name.decode("utf-8", "replace")[:255]
+    return text, content
+
+
+def _unreadable() -> BadBody:
+    return BadBody("the form must be what its content type says. It cannot be read.")
 
 
 def _from_json(body: bytes, limits: Limits) -> Images:

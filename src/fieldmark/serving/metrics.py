@@ -41,12 +41,15 @@ class Metrics:
         self._images = Counter(
             "fieldmark_images", "Images answered, by the status of each.", ["status"], registry=own
         )
-        self._stage_s = Histogram(
+        stage_s = Histogram(
             "fieldmark_stage_seconds",
             "Of an image being decoded, an image waiting for the model, a batch in the model.",
             ["stage"],
             buckets=_SECONDS,
             registry=own,
+        )
+        self._decode_s, self._queue_s, self._model_s = (
+            stage_s.labels(stage) for stage in ("decode", "queue", "model")
         )
         self._batch_images = Histogram(
             "fieldmark_batch_images", "Images in a batch.", buckets=_SIZES, registry=own
@@ -95,14 +98,14 @@ class Metrics:
 
     def decoded(self, seconds: float) -> None:
         """Count an image that was decoded."""
-        self._stage_s.labels("decode").observe(seconds)
+        self._decode_s.observe(seconds)
 
     def batch(self, report: BatchReport) -> None:
         """Count a batch."""
         self._batch_images.observe(report.num_images)
-        self._stage_s.labels("model").observe(report.seconds)
+        self._model_s.observe(report.seconds)
         for waited in report.waited_s:
-            self._stage_s.labels("queue").observe(waited)
+            self._queue_s.observe(waited)
         if report.failed:
             self._batch_failures.inc()
 

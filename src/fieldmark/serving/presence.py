@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -18,15 +18,16 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: the client has gone.
     """
-    running = asyncio.ensure_future(work)
+    me = cast("asyncio.Task[T]", asyncio.current_task())
     gone = asyncio.ensure_future(_has_gone(request))
+    gone.add_done_callback(lambda one: None if one.cancelled() else me.cancel())
     try:
-        await asyncio.wait((running, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            raise ClientDisconnect
-        return running.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone.done() and not gone.cancelled() and me.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
     finally:
-        running.cancel()
         gone.cancel()
 
 

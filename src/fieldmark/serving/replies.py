@@ -205,9 +205,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return _reply(
-            request, 400, "client_disconnected", "the body must arrive completely. It did not."
-        )
+        return incomplete_reply(request)
 
 
 def error_reply(
@@ -217,6 +215,13 @@ def error_reply(
     if isinstance(error, Busy | NotReady | NotAlive):
         headers = {"Retry-After": str(error.retry_after_s)} | (headers or {})
     return _reply(request, error.http_status, error.code, str(error), headers)
+
+
+def incomplete_reply(request: Request) -> JSONResponse:
+    """Return the answer to a request whose client went before its body was there."""
+    return _reply(
+        request, 400, "client_disconnected", "the body must arrive completely. It did not."
+    )
 
 
 def unexpected_reply(request: Request) -> JSONResponse:

@@ -79,7 +79,8 @@ class Service:
             return found
         if not found.done() or found.exception() is not None:
             raise NotReady("the model must be loaded and checked first. Retry in a moment.")
-        return found.result()
+        self._predictor = found.result()
+        return self._predictor
 
     @property
     def batcher(self) -> Batcher:
@@ -87,6 +88,7 @@ class Service:
         if self._batcher is None:
             self._batcher = Batcher(
                 self.predictor.logits,
+                decode=self._decode,
                 workers=self.predictor.workers,
                 max_batch_size=self.limits.max_batch_size,
                 max_wait_s=self.limits.max_wait_s,
@@ -275,10 +277,10 @@ class Service:
         return Busy(message, retry_after_s=max(1, math.ceil(wait_s)))
 
     async def _one(self, image: bytes | Pixels, deadline: float, explain: bool) -> Answer:
-        if isinstance(image, bytes):
+        if isinstance(image, bytes) and (explain or not self._shares_threads):
             image = await self._decoded(image, deadline)
         logits = await self.batcher.logits(image, deadline)
-        if not explain:
+        if not explain or isinstance(image, bytes):
             return Answer(logits)
         draw = partial(self._draw, image, int(np.argmax(logits)), deadline)
         run = asyncio.get_running_loop().run_in_executor

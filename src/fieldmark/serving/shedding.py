@@ -8,13 +8,14 @@ import re
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fieldmark.serving.classify import PATH
 from fieldmark.serving.intake import deadline_of
 from fieldmark.serving.replies import BadQuery, Busy, NotReady, error_reply
 from fieldmark.serving.service import Service
 
 # Paths that want the model, each with the route that the metrics name.
 _ROUTES = (
-    (re.compile(r"/v1/classify"), "/v1/classify"),
+    (re.compile(re.escape(PATH)), PATH),
     (re.compile(r"/v2/models/[^/]+/infer"), "/v2/models/{name}/infer"),
     (
         re.compile(r"/v2/models/[^/]+/versions/[^/]+/infer"),
