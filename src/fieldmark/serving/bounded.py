@@ -1,0 +1,90 @@
+"""HTTP/1.1 as uvicorn speaks it with llhttp's parser, and bounds that neither of the two has.
+
+The parser keeps a header until it has ended, however long it grows, and tells of each as one more
+of the request, also of those behind a chunked body. So what a request has beside its body is
+counted here, and so are bytes of which the parser tells nothing.
+"""
+
+from typing import Any, Literal
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 65_536  # of the first line, headers and trailers of a request
+_ENOUGH_BYTES = 65_536  # of a body that is there, before the request is told of it
+_FULL_BYTES = 4 * _ENOUGH_BYTES  # no more is read until the request has taken what is there
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """A connection that knows what it is reading, and reads no head without end."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.reading: Literal["header", "body"] | None = None
+        self.num_unanswered = 0  # requests whose headers have been read
+        self._head_bytes = 0
+        self._silent_bytes = 0  # since the parser last told of anything
+        self._has_told = False
+
+    def data_received(self, data: bytes) -> None:
+        self._has_told = False
+        super().data_received(data)
+        self._silent_bytes = 0 if self._has_told else self._silent_bytes + len(data)
+        if self._silent_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("head too long")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._has_told = True
+        self.reading, self._head_bytes = "header", 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        if self.reading == "header":  # and not a trailer, which nobody asks for
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self.reading = "body"
+        self.num_unanswered += 1
+
+    def on_chunk_header(self) -> None:
+        """Take note that a chunk of the body begins."""
+        self._has_told = True
+
+    def on_body(self, body: bytes) -> None:
+        """Collect a body, and wake its request for as much as is worth it."""
+        self._has_told = True
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > _ENOUGH_BYTES:
+            cycle.message_event.set()
+        if len(cycle.body) > _FULL_BYTES:
+            self.flow.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self._has_told = True
+        self.reading = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self.num_unanswered -= 1
+        super().on_response_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Answer a request for another protocol as if it had not asked, and close.
+
+        What comes after it could be of that protocol, so the parser reads no further.
+        """
+        self.cycle.keep_alive = False
+
+    def _count(self, num_bytes: int) -> None:
+        self._has_told = True
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("the head of a request is too long")  # which the parser passes on
