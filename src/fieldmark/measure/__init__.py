@@ -16,7 +16,7 @@ from fieldmark.measure.calibration import (
 from fieldmark.measure.class_maps import class_maps
 from fieldmark.measure.predict import Predict
 from fieldmark.measure.rates import Rate, mcnemar_p, paired_difference, wilson
-from fieldmark.measure.scores import Scores, log_softmax, score, softmax, top_k_hits
+from fieldmark.measure.scores import Scores, largest, log_softmax, score, softmax, top_k_hits
 from fieldmark.measure.timing import Quantile, is_faster, median_ratio, p99, quantile
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ece_increase",
     "fit_temperature",
     "is_faster",
+    "largest",
     "log_softmax",
     "mcnemar_p",
     "measure_calibration",

@@ -31,6 +31,22 @@ def softmax(
     return np.exp(log_softmax(logits, temperature))
 
 
+def largest(logits: npt.NDArray[np.floating[Any]], k: int | None) -> npt.NDArray[np.int64]:
+    """Return for each row of finite logits (N, K) the indices of its k largest, (N, k).
+
+    The largest comes first, and of equal ones the first; None: all of them. Sorting all of a
+    thousand to show one of them would cost a service more than the rest of its answer.
+    """
+    num_rows, num_classes = logits.shape
+    if k is None or k >= num_classes or not num_rows:
+        return np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    found = []
+    for row, least in zip(logits, np.partition(logits, -k, axis=1)[:, -k], strict=True):
+        candidates = np.flatnonzero(row >= least)
+        found.append(candidates[np.argsort(-row[candidates], kind="stable")[:k]])
+    return np.stack(found)
+
+
 def top_k_hits(logits: Logits, labels: Labels, k: int) -> npt.NDArray[np.bool_]:
     """Return for each row whether its label is among the k largest logits, bool (N,).
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
+from starlette.types import ASGIApp
 
 from fieldmark.serving.classify import PARAMETERS, PATH, Direct, classify
 from fieldmark.serving.cost import BatchCost
@@ -104,15 +105,15 @@ def create_app(
         dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     add_error_handlers(app)
-    app.add_middleware(Direct, service=service)  # the last that is added is the outermost
-    app.add_middleware(Shedding, service=service)
-    if keys is not None:
-        app.add_middleware(Door, service=service, keys=keys)
-    app.add_middleware(Identified, service=service)
     app.state.service = service
     _add_classify(app, service)  # first: routes are looked at in this order
     app.include_router(make_router(service))
     _add_health(app, service)
+    # Around what FastAPI puts around its routes: within, each request would pay for all of that.
+    stack: ASGIApp = Shedding(Direct(app.build_middleware_stack(), service), service)
+    if keys is not None:
+        stack = Door(stack, service, keys)
+    app.middleware_stack = Identified(stack, service)
     return app
 
 

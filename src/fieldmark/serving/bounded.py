@@ -5,13 +5,48 @@ of the request, also of those behind a chunked body. So what a request has besid
 counted here, and so are bytes of which the parser tells nothing.
 """
 
-from typing import Any, Literal
+import asyncio
+from typing import Any, Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 65_536  # of the first line, headers and trailers of a request
 _ENOUGH_BYTES = 65_536  # of a body that is there, before the request is told of it
 _FULL_BYTES = 4 * _ENOUGH_BYTES  # no more is read until the request has taken what is there
+
+
+class _HeadWithBody:
+    """A transport that sends the head of an answer together with the beginning of its body.
+
+    Each call of the system lets go of Python's lock, and has to wait for it again.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send, or hold the head of an answer until more is written or `flush` is called."""
+        data = self._held + data
+        self._held = b""
+        if data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n") and data[9:10] != b"1":
+            self._held = data
+        elif data:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self._transport.write(self._held)
+            self._held = b""
+
+    def close(self) -> None:
+        """Send what is held, and close."""
+        self.flush()
+        self._transport.close()
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -24,6 +59,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes = 0
         self._silent_bytes = 0  # since the parser last told of anything
         self._has_told = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(cast(asyncio.Transport, _HeadWithBody(transport)))
 
     def data_received(self, data: bytes) -> None:
         self._has_told = False
@@ -74,6 +112,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.num_unanswered -= 1
+        cast(_HeadWithBody, self.transport).flush()
         super().on_response_complete()
 
     def _unsupported_upgrade_warning(self) -> None:

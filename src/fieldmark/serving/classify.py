@@ -7,9 +7,9 @@ here: that took half of what a request costs beside decoding and the model.
 import base64
 from collections import Counter
 from typing import Any
+from urllib.parse import parse_qsl
 
 from fastapi import Request
-from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,6 +31,7 @@ from fieldmark.serving.service import Answer, Service
 
 PATH = "/v1/classify"
 DEFAULT_TOP_K = 5
+_KNOWN = ("top_k", "explain")
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 PARAMETERS: list[dict[str, Any]] = [
     {
@@ -82,10 +83,10 @@ async def classify(request: Request, service: Service) -> JSONResponse:
     Raises:
         RequestError, ImageError: what `replies` makes an ErrorBody of.
     """
-    check_query(request.query_params, "top_k", "explain")
+    query = read_query(request.scope["query_string"])
     predictor = service.predictor
-    top_k = _top_k(request.query_params, predictor)
-    explain = _explain(request.query_params, predictor)
+    top_k = _top_k(query, predictor)
+    explain = _explain(query, predictor)
     deadline = deadline_of(request, service.limits)
     images = await read_images(request, service)
     if explain and 2 * len(images.encoded) > service.limits.max_inside:
@@ -112,7 +113,7 @@ async def classify(request: Request, service: Service) -> JSONResponse:
     return JSONResponse(about | {"results": items})
 
 
-def _top_k(query: QueryParams, predictor: Predictor) -> int:
+def _top_k(query: dict[str, str], predictor: Predictor) -> int:
     text, most = query.get("top_k"), predictor.num_classes
     if text is None:
         return min(DEFAULT_TOP_K, most)
@@ -124,7 +125,7 @@ def _top_k(query: QueryParams, predictor: Predictor) -> int:
     return count
 
 
-def _explain(query: QueryParams, predictor: Predictor) -> bool:
+def _explain(query: dict[str, str], predictor: Predictor) -> bool:
     text = query.get("explain", "false")
     explain = _TRUTH.get(text.lower())
     if explain is None:
@@ -152,12 +153,16 @@ def _answer(predictor: Predictor, found: Answer, top_k: int) -> dict[str, Any]:
     return {"predictions": predictions, "explanation": about}
 
 
-def check_query(given: QueryParams, *known: str) -> None:
-    """Raise BadQuery for a parameter that does not exist, or is given twice."""
-    for name, count in Counter(name for name, _ in given.multi_items()).items():
-        if name not in known:
+def read_query(query_string: bytes) -> dict[str, str]:
+    """Return the parameters, or raise BadQuery for one that does not exist or is given twice."""
+    if not query_string:
+        return {}
+    given = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+    for name, count in Counter(name for name, _ in given).items():
+        if name not in _KNOWN:
             raise BadQuery(
-                f"query parameter must be one of {', '.join(known)}. Got {shown(name)}. Remove it."
+                f"query parameter must be one of {', '.join(_KNOWN)}. Got {shown(name)}. Remove it."
             )
         if count > 1:
             raise BadQuery(f"{name} must be given once. Got {count} of it.")
+    return dict(given)

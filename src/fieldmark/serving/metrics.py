@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import onnxruntime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -13,6 +14,7 @@ from fieldmark.serving.batcher import BatchReport
 from fieldmark.serving.predictor import Predictor
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+M = TypeVar("M", Counter, Histogram)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -21,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
+        self._parts: dict[tuple[object, tuple[str, ...]], object] = {}
         ProcessCollector(registry=own)
         self._requests = Counter(
             "fieldmark_requests", "Requests answered.", ["route", "status"], registry=own
@@ -66,6 +69,13 @@ class Metrics:
         )
         self._model = Info("fieldmark_model", "The model that answers.", registry=own)
 
+    def _part(self, metric: M, *labels: str) -> M:
+        """Return what counts for these labels; they are few, and looking them up is not cheap."""
+        found = self._parts.get((metric, labels))
+        if found is None:
+            found = self._parts[metric, labels] = metric.labels(*labels)
+        return cast(M, found)
+
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a value that is read when it is asked for."""
         Gauge(f"fieldmark_{name}", text, registry=self._registry).set_function(read)
@@ -85,8 +95,8 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count an answer. `route` is a template of ours, never a client's path."""
-        self._requests.labels(route, str(status)).inc()
-        self._request_s.labels(route).observe(seconds)
+        self._part(self._requests, route, str(status)).inc()
+        self._part(self._request_s, route).observe(seconds)
 
     def refused(self, reason: str) -> None:
         """Count what was refused; `reason` is one of few words."""
@@ -94,7 +104,7 @@ class Metrics:
 
     def image(self, status: int) -> None:
         """Count an image's answer."""
-        self._images.labels(str(status)).inc()
+        self._part(self._images, str(status)).inc()
 
     def decoded(self, seconds: float) -> None:
         """Count an image that was decoded."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fieldmark.errors import CheckFailed, MissingDependency, ModelError, PackageError
-from fieldmark.measure import Predict, softmax
+from fieldmark.measure import Predict, largest, softmax
 from fieldmark.packaging.golden import check_golden
 from fieldmark.packaging.load import Device
 from fieldmark.packaging.manifest import Package, open_package
@@ -107,7 +107,7 @@ class Predictor:
         """Return for each row of logits (B, num_classes) its classes, as `classify_pixels` does."""
         probabilities = softmax(logits, self.temperature)
         # By logit: two probabilities may both be rounded to 0 where the logits still differ.
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+        order = largest(logits, top_k)
         return [
             [self._prediction(k, float(row[k])) for k in ranked]
             for ranked, row in zip(order.tolist(), probabilities, strict=True)

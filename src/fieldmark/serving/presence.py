@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from starlette.requests import ClientDisconnect, Request
 
 T = TypeVar("T")
+_LOOK_AFTER_S = 0.05  # most work is done by then, and the task that looks costs a part of it
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -18,17 +19,27 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: the client has gone.
     """
+    loop = asyncio.get_running_loop()
     me = cast("asyncio.Task[T]", asyncio.current_task())
-    gone = asyncio.ensure_future(_has_gone(request))
-    gone.add_done_callback(lambda one: None if one.cancelled() else me.cancel())
+    watch: asyncio.Task[None] | None = None
+
+    def look() -> None:
+        nonlocal watch
+        watch = loop.create_task(_has_gone(request))
+        watch.add_done_callback(lambda one: None if one.cancelled() else me.cancel())
+
+    timer = loop.call_later(_LOOK_AFTER_S, look)
     try:
         return await work
     except asyncio.CancelledError:
-        if gone.done() and not gone.cancelled() and me.uncancel() == 0:
+        has_gone = watch is not None and watch.done() and not watch.cancelled()
+        if has_gone and me.uncancel() == 0:
             raise ClientDisconnect from None
         raise
     finally:
-        gone.cancel()
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
 
 
 async def _has_gone(request: Request) -> None:

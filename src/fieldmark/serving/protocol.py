@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 import fieldmark
 from fieldmark.errors import FieldmarkError
-from fieldmark.measure import softmax
+from fieldmark.measure import largest, softmax
 from fieldmark.preprocess import Pixels
 from fieldmark.serving.door import count_images
 from fieldmark.serving.intake import SPARE_PARTS, deadline_of, read_body
@@ -248,7 +248,7 @@ def _classes(
     values: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], count: int, predictor: Predictor
 ) -> list[list[str]]:
     """Return for each image its best classes as "value:index:label"."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    order = largest(logits, count)
     return [
         [f"{row[k]:f}:{k}:{predictor.class_names[k]}" for k in ranked]
         for row, ranked in zip(values.tolist(), order.tolist(), strict=True)
