@@ -8,6 +8,7 @@ counted here, and so are bytes of which the parser tells nothing.
 import asyncio
 from typing import Any, Literal, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 65_536  # of the first line, headers and trailers of a request
@@ -65,10 +66,28 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._has_told = False
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._begin_again(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("not HTTP")
+            return
         self._silent_bytes = 0 if self._has_told else self._silent_bytes + len(data)
         if self._silent_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("head too long")
+
+    def _begin_again(self, rest: bytes) -> None:
+        """Read a request that asks for another protocol as if it had not asked.
+
+        The parser would take what follows such a head for the other protocol, though a server
+        need not change to it (RFC 9110, section 7.8), and Java's client asks with each first POST.
+        """
+        method = self.parser.get_method()
+        headers = [(name, value) for name, value in self.headers if name != b"upgrade"]
+        lines = [method + b" " + self.url + b" HTTP/1.1", *(b": ".join(one) for one in headers)]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -85,9 +104,12 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self.reading = "body"
-        self.num_unanswered += 1
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            self.reading = "body"
+            self.num_unanswered += 1
+        elif self.parser.get_method() == b"CONNECT":
+            raise ValueError("nothing is reached through this server")
 
     def on_chunk_header(self) -> None:
         """Take note that a chunk of the body begins."""
@@ -107,20 +129,14 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._has_told = True
-        self.reading = None
-        super().on_message_complete()
+        if self.reading == "body":  # and not one to begin again
+            self.reading = None
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self.num_unanswered -= 1
         cast(_HeadWithBody, self.transport).flush()
         super().on_response_complete()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Answer a request for another protocol as if it had not asked, and close.
-
-        What comes after it could be of that protocol, so the parser reads no further.
-        """
-        self.cycle.keep_alive = False
 
     def _count(self, num_bytes: int) -> None:
         self._has_told = True

@@ -116,6 +116,10 @@ class _Guarded(BoundedHttp):
 
     def send_400_response(self, msg: str) -> None:
         self._all.refused("bad_http")
+        if self._found_phase() == "answer":  # of what came before; it must not get this one
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
         self._say(400, "bad_http", "the request must be HTTP/1.1. It cannot be read.")
 
     def pause_writing(self) -> None:
