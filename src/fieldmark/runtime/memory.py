@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
 _NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 for "none"
 
@@ -28,12 +28,23 @@ def keep_freed_memory() -> bool:
     again. By default each large block is a mapping of its own, whose pages the kernel must fault
     in and clear every time. What that costs is in benchmarks/results/train_step.json.
     """
+    return _mallopt(_M_MMAP_MAX, 0) and _mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def share_one_heap() -> bool:
+    """Let all threads allocate from one heap of glibc; return whether that was possible.
+
+    Else each thread has its own, where what another one frees is not found, so that a busy service
+    goes on growing for longer. Call it before there are threads.
+    """
+    return _mallopt(_M_ARENA_MAX, 1)
+
+
+def _mallopt(option: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has none
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return mallopt is not None and bool(mallopt(option, value))  # musl has none
 
 
 def available_bytes(*, proc: Path = Path("/proc"), sys_fs: Path = Path("/sys/fs")) -> Room:

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from fieldmark.errors import ConfigError, PackageError
 from fieldmark.packaging.load import choose_device
 from fieldmark.packaging.manifest import open_package
 from fieldmark.runtime import log
+from fieldmark.runtime.memory import share_one_heap
 from fieldmark.serving.app import create_app
 from fieldmark.serving.connections import Connections
 from fieldmark.serving.cost import BatchCost
@@ -78,6 +79,7 @@ def serve(
     # What Pillow says of a client's file is the client's, who is told, and would fill the log.
     warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     limits = limits or Limits()
+    share_one_heap()
     choose_device(device)
     known = None if keys is None else Keys(keys)
     with listen(host, port) as listener:
@@ -120,7 +122,11 @@ def _threads_have_ended(within_s: float) -> bool:
 
 
 def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
-    """Run batches of several sizes, so that no request meets a cold model, and learn their cost."""
+    """Run batches of several sizes, so that no request meets a cold model, and learn their cost.
+
+    Last, as many of the largest run at once as ever will: what that takes of memory is taken now,
+    and not in the first hour that is busy.
+    """
     spec, draw = predictor.preprocess, np.random.default_rng(0)
     for size in sorted({1, -(-max_batch_size // 2), max_batch_size}):
         shape = (size, spec.height_px, spec.width_px, 3)
@@ -130,6 +136,9 @@ def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
             predictor.logits(images)
             if round_:
                 cost.add(size, time.monotonic() - started)
+    with ThreadPoolExecutor(predictor.workers, thread_name_prefix=THREAD_NAMES[-1]) as pool:
+        for done in [pool.submit(predictor.logits, images) for _ in range(2 * predictor.workers)]:
+            done.result()
 
 
 def _open(
