@@ -91,8 +91,10 @@ def ours(*options: str) -> Contestant:
 
 def contestants(job: str, weights: str) -> list[Contestant]:
     """Return who races in a job."""
-    litserve = {"PYTHONPATH": str(HERE.parent / ".clients" / "litserve")}
-    fastapi = {"PYTHONPATH": str(HERE / "rivals")}  # its workers import the program by name
+    clients = HERE.parent / ".clients"
+    litserve = {"PYTHONPATH": str(clients / "litserve")}
+    # Its workers import the program by name, and run with uvloop, as those of fastapi[standard].
+    fastapi = {"PYTHONPATH": os.pathsep.join([str(HERE / "rivals"), str(clients / "fastapi")])}
     if job == "same":
         return [
             ours("--variant", "onnx"),

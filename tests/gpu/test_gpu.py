@@ -4,11 +4,13 @@ import contextlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fieldmark
-from fieldmark.config import LossConfig, OptimConfig, TrainConfig
+from fieldmark.config import AugmentConfig, LossConfig, OptimConfig, TrainConfig
+from fieldmark.data.resident import ResidentBatches
 from fieldmark.errors import OutOfMemory
 from fieldmark.model import Architecture, build
 from fieldmark.training.batch_size import (
@@ -122,3 +124,38 @@ def test_auto_takes_a_batch_that_the_gpu_holds() -> None:
         decide_once=lambda _, find: find()[0],
     )
     assert 32 <= settled.examples_per_update <= 1024
+
+
+@needs_cuda
+def test_no_batch_waits_for_the_gpu() -> None:
+    config = AugmentConfig(
+        crop_pad_px=2,
+        flip="random",
+        rotation_deg=10.0,
+        elastic_px=1.0,
+        cutout_px=4,
+        erase_prob=0.5,
+        erase_mode="pixel",
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+    )
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    batches = ResidentBatches(
+        images,
+        np.arange(64) % 4,
+        config,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        batch_size=16,
+        seed=0,
+        num_classes=4,
+        device="cuda",
+    ).batches(0)
+    for _ in range(4):  # what is made once may wait
+        next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            next(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,10 +8,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from fieldmark.config import RunConfig
 from fieldmark.cookbook import load_recipe
 from fieldmark.data.images import ArrayImages
 from fieldmark.data.source import Source, Split, open_source
-from fieldmark.errors import DataError
+from fieldmark.errors import CheckFailed, ConfigError, DataError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -133,3 +134,27 @@ def test_the_settings_of_races_models_and_fine_tuning_are_understood(
     assert plain.optim.filter_lr == 0.24
     assert plain.optim.weight_decay * plain.optim.lr == pytest.approx(4e-3)
     assert len({race.fingerprint(arm) for arm in race.ARMS}) == len(race.ARMS)
+
+
+def test_a_model_of_the_cache_is_taken_only_if_it_is_the_one_asked_for(
+    results_file: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import models
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run = models.cache_folder() / "cifar10"
+    run.mkdir(parents=True)
+    config = load_recipe("cifar10-fast94", ["data.source=hf:elsewhere"])
+
+    def keep(config: RunConfig, accuracy: float) -> None:
+        (run / "config.json").write_text(config.model_dump_json())
+        (run / "metrics.json").write_text(json.dumps({"top1_accuracy": {"value": accuracy}}))
+
+    keep(config, 0.9)
+    assert models.model("cifar10", "hf:here") == run
+    keep(load_recipe("cifar10-fast94", ["train.epochs=1"]), 0.9)
+    with pytest.raises(ConfigError, match=r"another train\.epochs\. Remove it"):
+        models.model("cifar10", "hf:here")
+    keep(config, 0.88)
+    with pytest.raises(CheckFailed, match=r"must have a top-1 accuracy of 89%\. Got 88\.00%"):
+        models.model("cifar10", "hf:here")

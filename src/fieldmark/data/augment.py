@@ -29,6 +29,7 @@ from fieldmark.data.mixing import Share, cut_mix, draw_mix, mix_up
 from fieldmark.data.mixing import draw_mixup as draw_mixup
 from fieldmark.data.order import mix64
 from fieldmark.data.sizes import Size, check_sizes, resize, scaled_px
+from fieldmark.data.transfer import to_device
 from fieldmark.data.warp import (
     Angles,
     Shifts,
@@ -234,10 +235,10 @@ def crop_and_flip(
     y_BH = torch.arange(H, device=device).repeat(B, 1)
     x_BW = torch.arange(W, device=device).repeat(B, 1)
     if flip_B is not None:
-        flip = torch.from_numpy(flip_B).to(device)
+        flip = to_device(flip_B, device)
         x_BW = torch.where(flip[:, None], W - 1 - x_BW, x_BW)
     if crop_yx_B2 is not None:
-        corner = torch.from_numpy(crop_yx_B2).to(device)
+        corner = to_device(crop_yx_B2, device)
         y_BH, x_BW = y_BH + corner[:, :1], x_BW + corner[:, 1:]
     if mode == "reflect":
         y_BH, x_BW = _reflect(y_BH - pad_px, H), _reflect(x_BW - pad_px, W)
@@ -262,8 +263,8 @@ def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) 
     std_C = torch.tensor(std, dtype=torch.float64)
     # One multiply and add per element over rows of W * C: on a CPU much cheaper than
     # broadcasting over a last dimension of 3.
-    scale = (1 / (255 * std_C)).float().repeat(W).to(images_BHWC.device)
-    shift = (-mean_C / std_C).float().repeat(W).to(images_BHWC.device)
+    scale = to_device((1 / (255 * std_C)).float().repeat(W), images_BHWC.device)
+    shift = to_device((-mean_C / std_C).float().repeat(W), images_BHWC.device)
     rows = images_BHWC.reshape(B, H, W * C).float()
     return rows.mul_(scale).add_(shift).view(B, H, W, C)
 
@@ -274,7 +275,7 @@ def cut_out(x_BHWC: Tensor, corner_yx_B2: Labels, size_px: int) -> None:
     Source: DeVries and Taylor 2017, arXiv:1708.04552; here the square lies wholly inside.
     """
     _, H, W, _ = x_BHWC.shape
-    corner = torch.from_numpy(corner_yx_B2).to(x_BHWC.device)
+    corner = to_device(corner_yx_B2, x_BHWC.device)
     y_BH = torch.arange(H, device=x_BHWC.device) - corner[:, :1]
     x_BW = torch.arange(W, device=x_BHWC.device) - corner[:, 1:]
     inside_BH = (y_BH >= 0) & (y_BH < size_px)

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
+
+from fieldmark.data.transfer import to_device
 
 MIN_AREA_FRAC, MAX_AREA_FRAC = 0.02, 1 / 3
 MIN_RATIO, MAX_RATIO = 0.3, 3.3  # height over width
@@ -63,10 +64,10 @@ def erase(x_BHWC: Tensor, boxes_B4: Boxes, noise_rng: np.random.Generator | None
     which = np.flatnonzero(boxes_B4[:, 2])
     image, y, x = np.nonzero(inside_boxes(boxes_B4[which], H, W))
     # As positions and not as a mask: a GPU would have to count a mask's pixels before it goes on.
-    place = torch.from_numpy((which[image] * H + y) * W + x).to(x_BHWC.device)
+    place = to_device((which[image] * H + y) * W + x, x_BHWC.device)
     pixels = x_BHWC.view(-1, C)
     if noise_rng is None:
         pixels.index_fill_(0, place, 0.0)
     else:
         noise = noise_rng.standard_normal((len(place), C), dtype=np.float32)
-        pixels.index_copy_(0, place, torch.from_numpy(noise).to(x_BHWC.device))
+        pixels.index_copy_(0, place, to_device(noise, x_BHWC.device))

@@ -72,6 +72,14 @@ class _Batch(NamedTuple):
     broken: list[tuple[str, str]]
 
 
+def prefetched_bytes(num_workers: int, num_images: int, size: Size) -> int:
+    """Return what micro-batches that were read ahead hold, in bytes: their images are uint8.
+
+    The worker processes themselves are not in it.
+    """
+    return num_workers * PREFETCHED * num_images * 3 * size[0] * size[1]
+
+
 def warn_broken(name: str, reason: str) -> None:
     """Print a line about an image that is left out."""
     warn(f"{name} is left out: {reason}")

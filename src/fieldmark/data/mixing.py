@@ -14,6 +14,7 @@ from torch import Tensor
 from fieldmark.config import AugmentConfig
 from fieldmark.data.erase import Boxes, inside_boxes
 from fieldmark.data.labelled import Labels
+from fieldmark.data.transfer import to_device
 from fieldmark.runtime.seed import derive_seed
 
 Share = npt.NDArray[np.float32]
@@ -120,8 +121,8 @@ def cut_mix(
         share_B: 1 - the rectangle's area over the image's.
     """
     _, H, W, _ = x_BHWC.shape
-    partner = torch.from_numpy(partner_B).to(x_BHWC.device)
-    inside = torch.from_numpy(inside_boxes(boxes_B4, H, W)).to(x_BHWC.device)
+    partner = to_device(partner_B, x_BHWC.device)
+    inside = to_device(inside_boxes(boxes_B4, H, W), x_BHWC.device)
     mixed = torch.where(inside[..., None], x_BHWC.index_select(0, partner), x_BHWC)
     return mixed, mixed_targets(labels_B, share_B, partner, num_classes)
 
@@ -133,14 +134,14 @@ def mix_up(
 
     Source: Zhang et al. 2017, arXiv:1710.09412; the share is drawn per image, not per batch.
     """
-    share = torch.from_numpy(share_B).to(x_BHWC.device)
-    partner = torch.from_numpy(partner_B).to(x_BHWC.device)
+    share = to_device(share_B, x_BHWC.device)
+    partner = to_device(partner_B, x_BHWC.device)
     mixed = torch.lerp(x_BHWC.index_select(0, partner), x_BHWC, share[:, None, None, None])
     return mixed, mixed_targets(labels_B, share_B, partner, num_classes)
 
 
 def mixed_targets(labels_B: Tensor, share_B: Share, partner: Tensor, num_classes: int) -> Tensor:
     """Return (B, K): the share for an image's own class, the rest for its partner's."""
-    share = torch.from_numpy(share_B).to(labels_B.device)
+    share = to_device(share_B, labels_B.device)
     one_hot_BK = F.one_hot(labels_B, num_classes).float()
     return torch.lerp(one_hot_BK.index_select(0, partner), one_hot_BK, share[:, None])

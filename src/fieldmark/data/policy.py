@@ -217,13 +217,14 @@ def _strong(facts: Facts) -> Values:
 def _medical(facts: Facts) -> Values:
     """Distortion, rotation, flips and mild brightness: what tissue and cameras do.
 
-    Never hue: stains and skin are told apart by it. No resized crop: size can be a finding.
+    Never hue: stains and skin are told apart by it. No resized crop: size can be a finding. Grey
+    images, such as X-rays, are not mirrored: on which side the heart is can be one, too.
 
     Source: Ronneberger et al. 2015, arXiv:1505.04597, section 3.1.
     """
     return {
         **_shift(facts, 1 / 16),
-        "flip": "random",
+        **_flip(facts),
         "rotation_deg": 15.0,
         "elastic_px": _length(facts, 1 / 50),
         "color_jitter": 0.1,

@@ -13,6 +13,7 @@ from fieldmark.data.labelled import Labels, Split
 from fieldmark.data.order import Order, SamplerName, Shares, Update
 from fieldmark.data.parallel import ordered_map
 from fieldmark.data.sizes import size_at
+from fieldmark.data.transfer import to_device
 from fieldmark.errors import ConfigError, DataError, ImageError
 from fieldmark.preprocess import Pixels, Preprocess
 from fieldmark.runtime.log import track
@@ -102,7 +103,7 @@ class ResidentBatches:
         )
         for part in self._shares.parts:
             where = self._shares.positions(part)
-            index = torch.from_numpy(update.indices[where]).to(self._images.device)
+            index = to_device(update.indices[where], self._images.device)
             images, targets = apply(
                 self._augment,
                 self._images.index_select(0, index),

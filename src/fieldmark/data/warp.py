@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fieldmark.data.transfer import to_device
 from fieldmark.errors import ConfigError
 
 CONTROL_POINTS = 4  # along each side
@@ -67,11 +68,11 @@ def warp(
     x_W = torch.arange(W, device=device, dtype=torch.float32) - (W - 1) / 2
     x_BHW, y_BHW = x_W.expand(B, H, W), y_H[:, None].expand(B, H, W)
     if angle_deg_B is not None:
-        angle = torch.from_numpy(np.deg2rad(angle_deg_B)).to(device)[:, None, None]
+        angle = to_device(np.deg2rad(angle_deg_B), device)[:, None, None]
         cos, sin = angle.cos(), angle.sin()
         x_BHW, y_BHW = cos * x_BHW - sin * y_BHW, sin * x_BHW + cos * y_BHW
     if shifts_B2GG is not None:
-        shifts = _surface(torch.from_numpy(shifts_B2GG).to(device), (H, W)) * elastic_px
+        shifts = _surface(to_device(shifts_B2GG, device), (H, W)) * elastic_px
         x_BHW, y_BHW = x_BHW + shifts[:, 0], y_BHW + shifts[:, 1]
     # From pixels about the centre to -1 .. 1 from edge to edge.
     grid = torch.stack([x_BHW * (2 / W), y_BHW * (2 / H)], dim=-1)

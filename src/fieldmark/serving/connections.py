@@ -28,16 +28,21 @@ class Connections:
     """All connections of the service. Everything belongs to one event loop."""
 
     def __init__(
-        self, limits: Limits, refused: Callable[[str], None] = lambda reason: None
+        self,
+        limits: Limits,
+        refused: Callable[[str], None] = lambda reason: None,
+        marks: Callable[[], list[tuple[bytes, bytes]]] = lambda: [],
     ) -> None:
         """Begin without a connection.
 
         Args:
             refused: is told why a connection was ended or turned away, in one of few words:
                 slow_header, slow_body, slow_reader, crowded, bad_http.
+            marks: returns headers that every answer has.
         """
         self.limits = limits
         self.refused = refused
+        self.marks = marks
         self.max_open = room_for_connections(limits.max_connections)
         # In the order in which they began to: dicts keep it, and forget one of many at once.
         self._reading: dict[_Guarded, float] = {}  # when: the event loop's time
@@ -206,6 +211,8 @@ class _Guarded(BoundedHttp):
             ("content-length", str(len(body))),
             ("connection", "close"),
         ]
+        marks = [(name.decode(), value.decode()) for name, value in self._all.marks()]
+        headers += [(name, value) for name, value in marks if name != "connection"]
         if status == 503:
             headers.append(("retry-after", "1"))
         lines = [f"HTTP/1.1 {status} {_PHRASES[status]}", *(f"{k}: {v}" for k, v in headers)]

@@ -13,6 +13,23 @@ from fieldmark.serving.replies import NotReady, unexpected_reply
 from fieldmark.serving.service import Service
 
 
+def marks(service: Service, identity: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers that say to which request an answer belongs, and whose it is."""
+    found = [(b"x-request-id", identity.encode())]
+    if service.is_draining:
+        found.append((b"connection", b"close"))
+    try:
+        predictor = service.predictor
+    except NotReady:
+        return found
+    return [
+        *found,
+        (b"x-model-id", predictor.model_id.encode()),
+        (b"x-model-version", predictor.version.encode()),
+        (b"x-preprocessing", predictor.preprocessing.encode()),
+    ]
+
+
 class Identified:
     """ASGI middleware: X-Request-Id, X-Preprocessing and the model's id and version on all answers.
 
@@ -39,7 +56,7 @@ class Identified:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *self._marks(identity)]
+                message["headers"] = [*message.get("headers", ()), *marks(self._service, identity)]
             await send(message)
 
         try:
@@ -51,21 +68,6 @@ class Identified:
             await unexpected_reply(Request(scope))(scope, receive, send_marked)
         finally:
             self._count(scope, status, time.monotonic() - started)
-
-    def _marks(self, identity: str) -> list[tuple[bytes, bytes]]:
-        marks = [(b"x-request-id", identity.encode())]
-        if self._service.is_draining:
-            marks.append((b"connection", b"close"))
-        try:
-            predictor = self._service.predictor
-        except NotReady:
-            return marks
-        return [
-            *marks,
-            (b"x-model-id", predictor.model_id.encode()),
-            (b"x-model-version", predictor.version.encode("latin-1")),
-            (b"x-preprocessing", predictor.preprocessing.encode()),
-        ]
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # The template that matched: a path is the client's choice and would be a label without end.

@@ -46,13 +46,14 @@ class Metrics:
         )
         stage_s = Histogram(
             "fieldmark_stage_seconds",
-            "Of an image being decoded, an image waiting for the model, a batch in the model.",
+            "Of an image waiting to be decoded, being decoded, waiting for the model; of a batch in it.",
             ["stage"],
             buckets=_SECONDS,
             registry=own,
         )
-        self._decode_s, self._queue_s, self._model_s = (
-            stage_s.labels(stage) for stage in ("decode", "queue", "model")
+        stages = ("decode_queue", "decode", "queue", "model")
+        self._decode_queue_s, self._decode_s, self._queue_s, self._model_s = (
+            stage_s.labels(stage) for stage in stages
         )
         self._batch_images = Histogram(
             "fieldmark_batch_images", "Images in a batch.", buckets=_SIZES, registry=own
@@ -105,6 +106,10 @@ class Metrics:
     def image(self, status: int) -> None:
         """Count an image's answer."""
         self._part(self._images, str(status)).inc()
+
+    def waited_to_decode(self, seconds: float) -> None:
+        """Count an image that found a thread to decode it; the model's own threads have a queue."""
+        self._decode_queue_s.observe(seconds)
 
     def decoded(self, seconds: float) -> None:
         """Count an image that was decoded."""

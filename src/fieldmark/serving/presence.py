@@ -22,11 +22,16 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     loop = asyncio.get_running_loop()
     me = cast("asyncio.Task[T]", asyncio.current_task())
     watch: asyncio.Task[None] | None = None
+    is_over = False
 
     def look() -> None:
         nonlocal watch
         watch = loop.create_task(_has_gone(request))
-        watch.add_done_callback(lambda one: None if one.cancelled() else me.cancel())
+        watch.add_done_callback(end)
+
+    def end(one: asyncio.Task[None]) -> None:
+        if not one.cancelled() and not is_over:
+            me.cancel()
 
     timer = loop.call_later(_LOOK_AFTER_S, look)
     try:
@@ -37,6 +42,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientDisconnect from None
         raise
     finally:
+        is_over = True
         timer.cancel()
         if watch is not None:
             watch.cancel()

@@ -30,11 +30,14 @@ from fieldmark.runtime.memory import share_one_heap
 from fieldmark.serving.app import create_app
 from fieldmark.serving.connections import Connections
 from fieldmark.serving.cost import BatchCost
+from fieldmark.serving.identity import marks
+from fieldmark.serving.intake import request_id
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor
 from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
 from fieldmark.serving.service import THREAD_NAMES, Service
+from fieldmark.serving.supervisor import Supervisor
 
 END_WITHIN_S = 30  # requests still running then are cut off
 _LAST_WORK_S = 5  # for what runs in threads and nobody waits for any more
@@ -99,6 +102,7 @@ def serve(
                 loaded.set_result(predictor)
                 if not server.should_exit:
                     _say_ready(package_path, url_of(listener), predictor, why, announce)
+                    server.supervisor.tell("READY=1")
 
         with _signals_end(server):
             # A daemon: an end that is asked for while it loads does not wait for it.
@@ -139,6 +143,8 @@ def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
     with ThreadPoolExecutor(predictor.workers, thread_name_prefix=THREAD_NAMES[-1]) as pool:
         for done in [pool.submit(predictor.logits, images) for _ in range(2 * predictor.workers)]:
             done.result()
+    if predictor.maps is not None:
+        predictor.maps.run(images[:1])
 
 
 def _open(
@@ -224,8 +230,11 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._service = service
+        self.supervisor = Supervisor()
         self._ends_at = math.inf  # time.monotonic()
-        connections = Connections(service.limits, service.metrics.refused)
+        connections = Connections(
+            service.limits, service.metrics.refused, lambda: marks(service, request_id({}))
+        )
         service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
         config = uvicorn.Config(
             app,
@@ -247,6 +256,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first SIGTERM to a service that is ready; else end."""
         service = self._service
+        self.supervisor.tell("STOPPING=1")
         is_first = not service.is_draining and not self.should_exit
         if sig == signal.SIGTERM and is_first and service.is_ready and service.limits.drain_s:
             service.is_draining = True
@@ -258,7 +268,9 @@ class _Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Say whether to end now."""
+        """Say whether to end now, and to who supervises that the service lives."""
+        if self.supervisor.is_waiting() and self._service.is_alive:
+            self.supervisor.lives()
         if time.monotonic() >= self._ends_at:
             self.should_exit = True
         return await super().on_tick(counter)

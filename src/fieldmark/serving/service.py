@@ -126,6 +126,15 @@ class Service:
             return False
         return True
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything will be answered any more."""
+        try:
+            self.must_live()
+        except NotAlive:
+            return False
+        return True
+
     def must_live(self) -> None:
         """Raise NotAlive where nothing will be answered any more."""
         if self._batcher is not None:
@@ -291,8 +300,9 @@ class Service:
 
         A decode that was given up goes on and keeps its thread: only its end frees that.
         """
-        loop = asyncio.get_running_loop()
+        loop, came = asyncio.get_running_loop(), time.monotonic()
         await self._free_decoders.acquire()
+        self.metrics.waited_to_decode(time.monotonic() - came)
         running = self._decoders.submit(self._decode, encoded, deadline)
 
         def free(_: object) -> None:

@@ -97,6 +97,7 @@ def _print_probe(report: dict[str, Any]) -> None:
         ("train top-1 accuracy", report["train_top1_accuracy"]),
         ("val top-1 accuracy", report["val_top1_accuracy"]),
         (f"{report['neighbours']}-NN, val", report["knn_val_top1_accuracy"]),
+        (f"{report['neighbours']}-NN, each by the others", report.get("knn_train_top1_accuracy")),
     ]
     times = f"features {duration(report['extract_s'])}, fit {duration(report['fit_s'])}"
     facts_table([*((name, _rate(rate)) for name, rate in listed if rate), ("time", times)])

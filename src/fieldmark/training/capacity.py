@@ -194,7 +194,7 @@ def check_memory(
 
     Args:
         update, validation: rehearsals of them.
-        beside_bytes: what else the run will hold, such as the batches that workers prepare.
+        beside_bytes: what else each process will hold, such as the batches that workers prepare.
         num_ranks: processes that divide an update; `ranks_here` of them share this memory.
 
     Raises:
@@ -203,7 +203,7 @@ def check_memory(
     if device.type == "cuda":
         return None
     room = available_bytes()
-    room = Room(max(0, room.num_bytes - beside_bytes) // ranks_here, room.source)
+    room = Room(max(0, room.num_bytes // ranks_here - beside_bytes), room.source)
     needed = check_update_fits(
         measure_memory(update),
         room,

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fieldmark.data.transfer import to_device
 from fieldmark.errors import NonFiniteLoss, RunError
 from fieldmark.model import Architecture, build
 from fieldmark.runtime.files import sha256_bytes, write_atomic
 from fieldmark.runtime.log import progress, say
 from fieldmark.runtime.seed import derive_seed
-from fieldmark.training.loop import UpdateRule
+from fieldmark.training.loop import UpdateRule, set_rates
 from fieldmark.training.session import Batch, Batches
 
 PROXY = {"widths": (32, 64, 64)}
@@ -48,7 +49,7 @@ class HardestBatches:
         for mask in self._masks[start_step:]:
             for kept in np.split(mask, self._parts):
                 images, targets = next(parts)
-                chosen = torch.from_numpy(np.flatnonzero(kept)).to(images.device)
+                chosen = to_device(np.flatnonzero(kept), images.device)
                 yield images[chosen], targets[chosen]
 
 
@@ -111,8 +112,7 @@ def find_hardest(
     source = batches.batches(0)
     with progress("picking", total_steps * rule.batch_size, "images") as bar:
         for step in range(total_steps):
-            for group in rule.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_factor(step)
+            set_rates(rule, step, lr_factor(step))
             losses = _losses(rule, source, learns=step % _LEARN_EVERY == 0)
             if not torch.isfinite(losses).all():
                 raise NonFiniteLoss(

@@ -77,7 +77,7 @@ def train_steps(
         # run draws what the undisturbed one would have drawn.
         torch.manual_seed(derive_seed(rule.seed, "update", index, *rule.ranks.seed_parts()))
         factor = rule.lr_factor(index - 1)
-        _set_rates(rule, index - 1, factor)
+        set_rates(rule, index - 1, factor)
         guard.before_forward()
         loss, inputs_are_finite = _accumulate(rule, batches, params[0].device)
         rule.ranks.combine_statistics(rule.network, guard.before, rule.accumulation_steps)
@@ -99,8 +99,11 @@ def train_steps(
         yield Step(index, loss, grad_norm.detach(), is_finite, inputs_are_finite, factor)
 
 
-def _set_rates(rule: UpdateRule, step: int, factor: float) -> None:
-    """Set each group's rate; a stem's falls to 0 and it is frozen, which saves its gradient."""
+def set_rates(rule: UpdateRule, step: int, factor: float) -> None:
+    """Set each group's rate for update `step`, from 0; a stem's falls to 0 and it is frozen.
+
+    Frozen, its gradient is not computed either.
+    """
     for group in rule.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
         if group.get("stem") and rule.stem_steps:

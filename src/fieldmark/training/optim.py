@@ -164,7 +164,9 @@ def _make_sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
 
 def _make_adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     _refuse_momentum("adamw", config)
-    return torch.optim.AdamW(groups, **config.args)
+    # On CUDA as one kernel, and with the count of its steps there, which the guard can take back.
+    is_on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, **{"fused": True if is_on_cuda else None, **config.args})
 
 
 def _make_muon(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:

@@ -166,7 +166,7 @@ def _fit(
         warn(f"the regression did not converge in {regression.iterations} iterations")
     write_head(ready.head, regression)
     fit_s = time.monotonic() - started
-    knn = None if val is None else _neighbours(train, val, probe.neighbours, num_classes)
+    knn = _neighbours(train, val, probe.neighbours, num_classes)
     return {
         "penalty": penalty,
         "penalties": [score.to_json() for score in scores],
@@ -180,7 +180,9 @@ def _fit(
         "train_top1_accuracy": _accuracy(regression, train).to_json(),
         "val_top1_accuracy": None if val is None else _accuracy(regression, val).to_json(),
         "neighbours": min(probe.neighbours, len(train)),
-        "knn_val_top1_accuracy": None if knn is None else knn.to_json(),
+        "knn_val_top1_accuracy": None if val is None else knn.to_json(),
+        # Each by the others; where there are validation images, those say more.
+        "knn_train_top1_accuracy": knn.to_json() if val is None else None,
         "extract_s": train.seconds + (val.seconds if val is not None else 0.0),
         "fit_s": fit_s,
         "scikit_learn": importlib.metadata.version("scikit-learn"),
@@ -232,15 +234,20 @@ def _accuracy(regression: Regression, features: Features) -> Rate:
     return wilson(int(np.sum(predicted == features.labels)), len(features))
 
 
-def _neighbours(train: Features, val: Features, neighbours: int, num_classes: int) -> Rate:
-    """Return the accuracy of a k-NN on val: what features alone give, with nothing fitted."""
+def _neighbours(train: Features, val: Features | None, neighbours: int, num_classes: int) -> Rate:
+    """Return the accuracy of a k-NN: what features alone give, with nothing fitted.
+
+    Without val, each train image is looked up among the others.
+    """
     _, num_train, num_features = train.values.shape
-    rows = queries_for_neighbours(len(val), num_train, num_features)
+    queries = train if val is None else val
+    rows = queries_for_neighbours(len(queries), num_train, num_features)
     predicted = nearest_neighbours(
         train.values[0],
         train.labels,
-        val.values[0, rows],
+        queries.values[0, rows],
         neighbours=neighbours,
         num_classes=num_classes,
+        own_M=rows if val is None else None,
     )
-    return wilson(int(np.sum(predicted == val.labels[rows])), len(rows))
+    return wilson(int(np.sum(predicted == queries.labels[rows])), len(rows))

@@ -200,17 +200,24 @@ def nearest_neighbours(
     *,
     neighbours: int,
     num_classes: int,
+    own_M: Labels | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return the class (M,) that most of each query's nearest images have, by cosine similarity.
 
     Of classes with equal counts the one whose images are the more similar wins.
+
+    Args:
+        own_M: each query's own row of the train images, which is not its neighbour.
     """
-    count = min(neighbours, len(train_ND))
+    count = min(neighbours, len(train_ND) - (own_M is not None))
     train, queries = _unit(train_ND), _unit(queries_MD)
     predicted = np.empty(len(queries), dtype=np.int64)
     block = max(1, 50_000_000 // len(train))
     for start in range(0, len(queries), block):
         similarity = queries[start : start + block] @ train.T
+        if own_M is not None:
+            own = own_M[start : start + block]
+            similarity[np.arange(len(own)), own] = -np.inf
         nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
         rows = np.arange(len(nearest))[:, None]
         votes = np.zeros((len(nearest), num_classes))

@@ -12,6 +12,7 @@ from torch import nn
 
 from fieldmark.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fieldmark.cookbook import load_recipe
+from fieldmark.data.loader import prefetched_bytes
 from fieldmark.data.sizes import size_at
 from fieldmark.data.source import open_source
 from fieldmark.data.split import Splits, make_splits
@@ -235,12 +236,15 @@ def _settle_memory(
     validation = None
     if splits.val is not None:
         validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
+    at_a_time = train.examples_per_update // (train.accumulation_steps * ranks.world)
+    workers = config.data.num_workers if images.pixels is None else 0
     check_memory(
         train,
         update,
         validation,
         eval_batch_size=config.eval.batch_size,
         device=device,
+        beside_bytes=prefetched_bytes(workers, at_a_time, _largest_side(images)),
         num_ranks=ranks.world,
         ranks_here=local_world(),
     )

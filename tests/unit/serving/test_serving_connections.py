@@ -1,5 +1,6 @@
 """connections.py: slow clients lose their connection, and fast ones never do."""
 
+import re
 import resource
 import socket
 import subprocess
@@ -134,6 +135,8 @@ def test_junk_is_a_400_that_a_program_can_read(tiny_package):
                 answer = all_of(client)
                 assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
                 assert b'"code": "bad_http"' in answer
+                assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", answer)
+                assert re.search(rb"\r\nx-model-id: [0-9a-f]{64}\r\n", answer)
         assert refused(url) == {"bad_http": 2}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
 import signal
@@ -22,6 +23,7 @@ from served import Served
 from fieldmark.errors import CheckFailed, ConfigError, PackageError
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.server import _open, listen, serve, url_of, warm_up
+from fieldmark.serving.supervisor import Supervisor
 
 
 def test_serves_answers_like_alone_and_ends_on_sigterm(tiny_package, encode, make_predictor):
@@ -411,3 +413,56 @@ def test_parts_of_an_answer_do_not_wait_for_an_acknowledgement():
         accepted = listener.accept()[0]
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_hears_that_the_service_is_ready_lives_and_stops(
+    tiny_package, tmp_path, monkeypatch, kind
+):
+    name = f"@fieldmark-{os.getpid()}" if kind == "abstract" else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(name.replace("@", "\0"))
+        supervisor.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        with Served(tiny_package) as served:
+            served.url()
+            heard = {supervisor.recv(100) for _ in range(6)}
+            assert heard == {b"READY=1", b"WATCHDOG=1"}
+            assert served.end(signal.SIGTERM) == 0
+            while (last := supervisor.recv(100)) == b"WATCHDOG=1":
+                pass
+            assert last == b"STOPPING=1"
+
+
+def test_a_model_that_hangs_gives_no_sign_of_life(tiny_package, encode, tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(1.5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        with (
+            Served(tiny_package, script=HUNG, hung_after_s=0.5) as served,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            asked = pool.submit(httpx.post, f"{served.url()}/v1/classify", content=encode("red"))
+            assert served.process.stderr.readline() == "in the model\n"
+            began = time.monotonic()
+            with pytest.raises(TimeoutError):
+                while time.monotonic() < began + 20:
+                    supervisor.recv(100)
+            served.process.kill()
+            with contextlib.suppress(httpx.HTTPError):
+                asked.result()
+
+
+def test_without_a_supervisor_nothing_is_said_and_a_signal_of_another_process_is_not_ours():
+    silent = Supervisor({})
+    silent.tell("READY=1")
+    assert not silent.is_waiting()
+    of_another = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}
+    assert not Supervisor(of_another).is_waiting()
+    nobody = Supervisor({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "1000000"})
+    assert nobody.is_waiting()
+    nobody.lives()  # which nobody hears
+    assert not nobody.is_waiting()

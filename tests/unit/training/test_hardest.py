@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fieldmark
 from fieldmark.errors import ConfigError, RunError
+from fieldmark.training import parts
 from fieldmark.training.checkpoint import load_newest
 from fieldmark.training.hardest import HardestBatches
 
@@ -42,6 +44,23 @@ def settings(tiny_settings: list[str]) -> list[str]:
 
 def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def test_the_small_network_freezes_its_stem_as_the_large_one_does(
+    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+    real = parts.proxy_network
+
+    def watched(*arguments: int) -> nn.Module:
+        made.append(real(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(parts, "proxy_network", watched)
+    settings = [s for s in settings if not s.startswith("train.epochs")] + ["train.steps=6"]
+    for epochs, learns in ((1, False), (3, True)):
+        fieldmark.train("digits", [*settings, f"optim.stem_epochs={epochs}"], out=tmp_path / str(epochs))
+        assert made[-1].whiten.bias.requires_grad == learns
 
 
 def test_half_of_each_update_trains_and_it_is_the_harder_half(

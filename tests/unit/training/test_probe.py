@@ -170,6 +170,8 @@ def test_broken_images_are_left_out_up_to_the_limit(
     assert facts["probe"]["folds"] == 4  # as many as red has images
     assert facts["probe"]["val_top1_accuracy"] is None
     assert facts["probe"]["knn_val_top1_accuracy"] is None
+    assert facts["probe"]["knn_train_top1_accuracy"]["n"] == 52
+    assert facts["probe"]["knn_train_top1_accuracy"]["value"] > 0.5  # chance is 0.25
 
 
 def test_a_class_without_a_train_image_is_refused(

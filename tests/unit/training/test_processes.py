@@ -86,8 +86,20 @@ def resnet(tiny_settings: list[str]) -> list[str]:
     ]
 
 
-def test_without_batch_statistics_two_ranks_equal_one(tmp_path: Path, vit: list[str]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["data.sampler=sqrt", "loss.class_weights=[0.5,2,1,0.25]"],
+        ["data.sampler=balanced", "loss.name=logit-adjusted"],
+    ],
+    ids=["plain", "sampler and weights", "adjusted"],
+)
+def test_without_batch_statistics_two_ranks_equal_one(
+    tmp_path: Path, vit: list[str], more: list[str]
+) -> None:
     """The same global batch, with clipping: losses within 1e-4 over 20 updates."""
+    vit = [*vit, *more]
     fieldmark.train("digits", vit, out=tmp_path / "one")
     one, two = losses(lines(tmp_path / "one")), losses(train(vit, tmp_path / "two"))
     assert len(one) == len(two) == 20
@@ -173,14 +185,14 @@ from fieldmark.__main__ import main
 from fieldmark.errors import DataError
 from fieldmark.training import loop
 
-set_rates = loop._set_rates
+set_rates = loop.set_rates
 
 def and_fail(rule, step, factor):
     set_rates(rule, step, factor)
     if rule.ranks.rank == 1 and step == 4:
         raise {error}
 
-loop._set_rates = and_fail
+loop.set_rates = and_fail
 main()
 """
 

@@ -192,6 +192,20 @@ def test_equal_votes_go_to_the_nearer_class() -> None:
     assert found.tolist() == [1]
 
 
+def test_an_image_is_not_its_own_neighbour():
+    train = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], dtype=np.float32)
+    labels = np.array([0, 1, 1, 0])  # the nearest other image is always of the other class
+    for k, expected in ((1, [1, 0, 0, 1]), (9, [1, 0, 0, 1])):
+        found = nearest_neighbours(
+            train, labels, train, neighbours=k, num_classes=2, own_M=np.arange(4)
+        )
+        assert found.tolist() == expected
+    assert nearest_neighbours(train, labels, train, neighbours=1, num_classes=2).tolist() == [
+        *labels
+    ]
+
+
+
 def test_neighbours_of_a_large_split_are_looked_up_for_a_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,20 @@ def test_operations_that_cannot_be_counted_are_said_so_and_the_run_goes_on(
     result = fieldmark.train("digits", [*settings, "train.steps=2"], out=tmp_path / "run")
     assert result.facts["cost"] == {"images": 32, "pflop": None}
     assert "cannot be counted: aten::odd on meta" in capsys.readouterr().err
+
+
+def test_what_workers_read_ahead_counts_as_memory_that_is_taken(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    check = start.check_memory
+
+    def watched(*arguments: Any, **named: Any) -> int | None:
+        seen.append(named["beside_bytes"])
+        return check(*arguments, **named)
+
+    monkeypatch.setattr(start, "check_memory", watched)
+    settings = [*without(tiny_settings, "train.epochs"), "train.steps=1", "data.num_workers=2"]
+    for name, more in (("files", ["data.storage=files"]), ("resident", [])):
+        fieldmark.train("digits", [*settings, *more], out=tmp_path / name)
+    assert seen == [2 * 3 * 16 * 3 * 32 * 32, 0]  # workers, batches, images, bytes of each

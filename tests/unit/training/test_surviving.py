@@ -49,7 +49,7 @@ def spoil_weights(
     monkeypatch: pytest.MonkeyPatch, at: int, *, times: int = 1, stop_at: int | None = None
 ) -> None:
     """Overwrite all weights before update `at`, so many times; ask to stop during `stop_at`."""
-    set_rates, left, stops = loop._set_rates, [times], [stop_at]
+    set_rates, left, stops = loop.set_rates, [times], [stop_at]
 
     def and_spoil(rule: loop.UpdateRule, step: int, factor: float) -> None:
         set_rates(rule, step, factor)
@@ -61,7 +61,7 @@ def spoil_weights(
             for parameter in rule.network.parameters():
                 parameter.data.fill_(1e38)
 
-    monkeypatch.setattr(loop, "_set_rates", and_spoil)
+    monkeypatch.setattr(loop, "set_rates", and_spoil)
 
 
 def spoil_images(monkeypatch: pytest.MonkeyPatch, steps: range, part: int = 0) -> None:
