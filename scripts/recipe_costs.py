@@ -25,8 +25,7 @@ def cost(config: RunConfig) -> tuple[int, float] | None:
     if name not in DATA or config.train.method != "gradient":
         return None
     num_images, num_classes, native_px = DATA[name]
-    is_imagenet = name == "imagenet"  # whose validation split is not taken from the train images
-    num_train = num_images if is_imagenet else num_images - round(config.data.val_frac * num_images)
+    num_train = num_images - round(config.data.val_frac * num_images)
     batch_size = config.train.examples_per_update
     images = total_steps(config.train, num_train // batch_size) * batch_size
     px = config.model.image_px or native_px

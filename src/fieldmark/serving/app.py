@@ -7,11 +7,12 @@ goes takes its images out of the queue.
 """
 
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
 from fieldmark.serving.classify import PARAMETERS, PATH, Direct, classify
@@ -109,8 +110,10 @@ def create_app(
     _add_classify(app, service)  # first: routes are looked at in this order
     app.include_router(make_router(service))
     _add_health(app, service)
-    # Around what FastAPI puts around its routes: within, each request would pay for all of that.
-    stack: ASGIApp = Shedding(Direct(app.build_middleware_stack(), service), service)
+    # Around what FastAPI puts around its routes: within, each request would pay for all of that. Its
+    # outermost part answers what fails unexpectedly, which Identified does.
+    inner = cast(ServerErrorMiddleware, app.build_middleware_stack()).app
+    stack: ASGIApp = Shedding(Direct(inner, service), service)
     if keys is not None:
         stack = Door(stack, service, keys)
     app.middleware_stack = Identified(stack, service)

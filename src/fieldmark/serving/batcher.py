@@ -146,7 +146,10 @@ class Batcher:
             self._num_turns += is_turn
         if is_turn:
             loop.call_soon(self._submit)  # not at once: what a request has goes together
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            job.image = b""  # given up, it may stay in the queue for long
 
     def _submit(self) -> None:
         with contextlib.suppress(RuntimeError):  # it is closed
@@ -232,12 +235,15 @@ class Batcher:
         return _Done(answers, len(pixels), began, seconds, failed)
 
     def _decoded(self, job: Job) -> Pixels | Exception:
-        if not isinstance(job.image, bytes):
-            return job.image
+        image = job.image
+        if job.answer.done():
+            return _GivenUp()
+        if not isinstance(image, bytes):
+            return image
         if self._decode is None:
             raise AssertionError("an encoded image needs a decoder")
         try:
-            return self._decode(job.image, job.deadline)
+            return self._decode(image, job.deadline)
         except Exception as error:  # noqa: BLE001  # this image's answer and no other's
             return error
 
@@ -250,6 +256,10 @@ class Batcher:
                 return [_as_model_error(error)], True
             log.warn(f"a batch of {len(images)} images failed ({error}): each is run alone")
         return [self._logits([image])[0][0] for image in images], True
+
+
+class _GivenUp(Exception):
+    """Its client has gone; nobody gets this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ counted here, and so are bytes of which the parser tells nothing.
 """
 
 import asyncio
+from collections import deque
 from typing import Any, Literal, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 65_536  # of the first line, headers and trailers of a request
+MAX_PIPELINED = 8  # requests of a connection that are read before the first is answered
+_HEADER_BYTES = 32  # that a header takes besides its own, at least
 _ENOUGH_BYTES = 65_536  # of a body that is there, before the request is told of it
 _FULL_BYTES = 4 * _ENOUGH_BYTES  # no more is read until the request has taken what is there
 
@@ -56,7 +59,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.reading: Literal["header", "body"] | None = None
-        self.num_unanswered = 0  # requests whose headers have been read
+        self.unanswered: deque[RequestResponseCycle] = deque()  # whose headers have been read
         self._head_bytes = 0
         self._silent_bytes = 0  # since the parser last told of anything
         self._has_told = False
@@ -64,30 +67,42 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _HeadWithBody(transport)))
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in self.unanswered:  # uvicorn tells the last alone
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
-        self._has_told = False
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._begin_again(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self.send_400_response("not HTTP")
-            return
-        self._silent_bytes = 0 if self._has_told else self._silent_bytes + len(data)
+        self._unset_keepalive_if_required()
+        self._has_told, num_bytes = False, len(data)
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_again() + data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                self.send_400_response("not HTTP")
+                return
+        self._silent_bytes = 0 if self._has_told else self._silent_bytes + num_bytes
         if self._silent_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("head too long")
 
-    def _begin_again(self, rest: bytes) -> None:
-        """Read a request that asks for another protocol as if it had not asked.
+    def _head_again(self) -> bytes:
+        """Return the head of a request that asks for another protocol as if it had not asked.
 
-        The parser would take what follows such a head for the other protocol, though a server
-        need not change to it (RFC 9110, section 7.8), and Java's client asks with each first POST.
+        The parser, which is left behind, would take what follows for the other protocol, though a
+        server need not change to it (RFC 9110, section 7.8), and Java's client asks with each
+        first POST.
         """
-        method = self.parser.get_method()
+        version = b" HTTP/" + self.parser.get_http_version().encode()
         headers = [(name, value) for name, value in self.headers if name != b"upgrade"]
-        lines = [method + b" " + self.url + b" HTTP/1.1", *(b": ".join(one) for one in headers)]
+        lines = [self.parser.get_method() + b" " + self.url + version]
+        lines += [b": ".join(one) for one in headers]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -99,17 +114,20 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + _HEADER_BYTES)
         if self.reading == "header":  # and not a trailer, which nobody asks for
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if not self.parser.should_upgrade():
-            super().on_headers_complete()
-            self.reading = "body"
-            self.num_unanswered += 1
-        elif self.parser.get_method() == b"CONNECT":
-            raise ValueError("nothing is reached through this server")
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("nothing is reached through this server")
+            return  # it is read again without that
+        if len(self.unanswered) >= MAX_PIPELINED:
+            raise ValueError("too many requests before the first is answered")
+        super().on_headers_complete()
+        self.reading = "body"
+        self.unanswered.append(self.cycle)
 
     def on_chunk_header(self) -> None:
         """Take note that a chunk of the body begins."""
@@ -134,7 +152,7 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self.num_unanswered -= 1
+        self.unanswered.popleft()
         cast(_HeadWithBody, self.transport).flush()
         super().on_response_complete()
 

@@ -121,11 +121,16 @@ class _Guarded(BoundedHttp):
 
     def send_400_response(self, msg: str) -> None:
         self._all.refused("bad_http")
-        if self._found_phase() == "answer":  # of what came before; it must not get this one
-            self.cycle.keep_alive = False
+        if self.reading == "body" and self.cycle.response_started:
+            self.transport.close()  # it has its answer
+        elif self._found_phase() == "answer":  # of what came before; it must not get this one
+            if self.reading == "body":  # of one that waits, and will never be whole
+                self.pipeline.remove((self.cycle, self.app))
+                self.unanswered.pop()
+            self.unanswered[-1].keep_alive = False
             self.flow.pause_reading()
-            return
-        self._say(400, "bad_http", "the request must be HTTP/1.1. It cannot be read.")
+        else:
+            self._say(400, "bad_http", "the request must be HTTP/1.1. It cannot be read.")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -189,7 +194,7 @@ class _Guarded(BoundedHttp):
 
     def _found_phase(self) -> Phase:
         being_read = 1 if self.reading == "body" else 0
-        if self.num_unanswered > being_read:
+        if len(self.unanswered) > being_read:
             return "answer"
         if self.reading is not None:
             return self.reading

@@ -12,8 +12,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -140,11 +141,28 @@ def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
             predictor.logits(images)
             if round_:
                 cost.add(size, time.monotonic() - started)
-    with ThreadPoolExecutor(predictor.workers, thread_name_prefix=THREAD_NAMES[-1]) as pool:
-        for done in [pool.submit(predictor.logits, images) for _ in range(2 * predictor.workers)]:
-            done.result()
+    _at_once(partial(predictor.logits, images), predictor.workers)
     if predictor.maps is not None:
         predictor.maps.run(images[:1])
+
+
+def _at_once(call: Callable[[], object], count: int) -> None:
+    """Make so many calls at the same time, in threads that the end of the process is free to cut."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  # raised again below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, name="warm", daemon=True) for _ in range(count)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    if errors:
+        raise errors[0]
 
 
 def _open(

@@ -305,6 +305,11 @@ def test_a_failing_model_says_nothing_of_the_inside(make_predictor, encode):
     predictor = make_predictor(lambda pixels: np.full((len(pixels), 3), np.nan, np.float32))
     client = TestClient(create_app(predictor), raise_server_exceptions=False)
     assert_error(client.post(URL, content=encode("red")), 500, "internal")
+    whole = {"Inference-Header-Content-Length": "0"}
+    reply = client.post("/v2/models/model/infer", content=encode("red"), headers=whole)
+    assert reply.status_code == 500
+    assert reply.json() == {"error": "the service failed. The cause is in its log."}
+    assert reply.headers["x-request-id"]
 
 
 # --- readiness ---

@@ -135,6 +135,30 @@ def test_what_is_late_or_gone_is_not_computed():
     assert model.sizes == [1, 1]
 
 
+def test_what_was_given_up_is_not_kept_until_its_turn():
+    model = Model()
+    model.release.clear()
+
+    async def go():
+        batcher = Batcher(model, decode=lambda data, _: image(data[0]), max_batch_size=1)
+        [first] = send(batcher, [1])
+        await asyncio.sleep(0.02)
+        asked = asyncio.create_task(batcher.logits(b"2" * 1000, math.inf))
+        await asyncio.sleep(0.02)
+        [waits] = batcher._queue
+        assert len(waits.image) == 1000
+        asked.cancel()
+        await asyncio.sleep(0.02)
+        assert waits.image == b""
+        model.release.set()
+        await first
+        assert float((await batcher.logits(b"3", math.inf))[0]) == ord("3")
+        assert batcher.problem(60) is None
+
+    asyncio.run(go())
+    assert model.sizes == [1, 1]
+
+
 def test_a_crash_of_the_batcher_is_told():
     def report(_):
         raise RuntimeError("broken")

@@ -3,11 +3,12 @@
 import re
 import socket
 import threading
+import time
 
 import pytest
 from served import Served
 
-from fieldmark.serving.bounded import MAX_HEAD_BYTES
+from fieldmark.serving.bounded import MAX_HEAD_BYTES, MAX_PIPELINED
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: here\r\n"
 ENDLESS = 40 * MAX_HEAD_BYTES
@@ -128,9 +129,41 @@ def test_framing_that_two_servers_could_read_in_two_ways_is_refused(address, fra
 
 
 def test_the_head_of_an_answer_without_a_body_is_sent(address):
-    answer = talk(address, b"HEAD /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 405 ")
-    assert answer.endswith(b"\r\n\r\n")
+    with socket.create_connection(address, timeout=20) as client:
+        for _ in range(2):
+            client.sendall(b"HEAD /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+            answer = client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 405 ")
+            assert answer.endswith(b"\r\n\r\n")
+
+
+def test_requests_without_end_before_an_answer_are_not_all_read(address):
+    one = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
+    assert statuses(talk(address, one * 5000)) == [b"200"] * MAX_PIPELINED
+    asking = one.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    assert statuses(talk(address, asking * 2000)) == [b"200"] * MAX_PIPELINED
+
+
+@pytest.mark.parametrize("path", [b"/v1/classify", b"/nothing"])
+def test_a_body_that_breaks_gets_no_answer_of_another_request(address, encode, path):
+    image = encode("red")
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    chunked = b"POST " + path + b" HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert statuses(talk(address, whole + chunked + b"3\r\nabc\r\nnot a length\r\n")) == [b"200"]
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(chunked + b"3\r\nabc\r\n")
+        time.sleep(0.3)  # /nothing has been answered by now
+        client.sendall(b"not a length\r\n")
+        found = b""
+        while chunk := client.recv(65536):
+            found += chunk
+        assert statuses(found) == [b"404" if path == b"/nothing" else b"400"]
+
+
+def test_who_speaks_http_1_0_is_answered_once(address):
+    old = b"GET /livez HTTP/1.0\r\nHost: here\r\n"
+    for more in (b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"):
+        assert statuses(talk(address, old + more + b"\r\n")) == [b"200"]
 
 
 def test_who_waits_for_100_gets_it_before_the_body_is_there(address, encode):

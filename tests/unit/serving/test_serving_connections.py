@@ -126,6 +126,17 @@ def test_deadlines_are_of_a_request_and_not_of_its_connection(tiny_package, enco
         assert refused(url) == {}
 
 
+def test_an_idle_deadline_is_not_one_of_the_next_request(tiny_package, encode):
+    image = encode("red")
+    with Served(tiny_package, idle_timeout_s=0.5) as served, connect(served.url()) as client:
+        client.sendall(REQUEST)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        client.sendall(POST % len(image) + image[:10])
+        time.sleep(1)
+        client.sendall(image[10:])
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 def test_junk_is_a_400_that_a_program_can_read(tiny_package):
     with Served(tiny_package) as served:
         url = served.url()
