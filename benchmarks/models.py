@@ -88,7 +88,7 @@ def must_be(run: Path, wanted: RunConfig) -> None:
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values under dotted names."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in content.items():
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         found |= inner

@@ -27,7 +27,7 @@ def imagenet_vit_s16() -> RunConfig:
     """ViT-S/16 with LAMB, three simple colour operations and mixed images, in 800 epochs.
 
     Run:    fieldmark train imagenet-vit-s16 data.source=imagenet:PATH
-    Cost:   28,137 PFLOP, 1,024,000,000 images.
+    Cost:   27,867 PFLOP, 1,014,169,600 images.
     Source: Touvron, Cord and Jegou 2022, arXiv:2204.07118 (DeiT III), and the command in its
             repository (8 GPUs of 256 images).
     Result: 81.4 % published (224 px).
@@ -73,7 +73,7 @@ def imagenet_vit_b16() -> RunConfig:
     """ViT-B/16 as imagenet-vit-s16, but at 192 px: go on with imagenet-vit-b16-224.
 
     Run:    fieldmark train imagenet-vit-b16 data.source=imagenet:PATH --out runs/vit-b16
-    Cost:   78,400 PFLOP, 1,024,000,000 images.
+    Cost:   77,648 PFLOP, 1,014,169,600 images.
     Source: Touvron, Cord and Jegou 2022, arXiv:2204.07118 (DeiT III), and the command in its
             repository.
     Result: 83.8 % published, after the 20 epochs at 224 px of imagenet-vit-b16-224; 85.2 %, which
@@ -101,7 +101,7 @@ def imagenet_vit_b16_224() -> RunConfig:
 
     Run:    fieldmark train imagenet-vit-b16-224 data.source=imagenet:PATH
             model.pretrained=runs/vit-b16
-    Cost:   2,694 PFLOP, 25,620,480 images.
+    Cost:   2,667 PFLOP, 25,364,480 images.
     Source: Touvron, Cord and Jegou 2022, arXiv:2204.07118 (DeiT III), and the command in its
             repository (8 GPUs of 64 images).
     Result: 83.8 % published (224 px).

@@ -110,8 +110,8 @@ def create_app(
     _add_classify(app, service)  # first: routes are looked at in this order
     app.include_router(make_router(service))
     _add_health(app, service)
-    # Around what FastAPI puts around its routes: within, each request would pay for all of that. Its
-    # outermost part answers what fails unexpectedly, which Identified does.
+    # Around what FastAPI puts around its routes: within, each request would pay for all of that.
+    # Its outermost part answers what fails unexpectedly, which Identified does.
     inner = cast(ServerErrorMiddleware, app.build_middleware_stack()).app
     stack: ASGIApp = Shedding(Direct(inner, service), service)
     if keys is not None:

@@ -46,7 +46,7 @@ class Metrics:
         )
         stage_s = Histogram(
             "fieldmark_stage_seconds",
-            "Of an image waiting to be decoded, being decoded, waiting for the model; of a batch in it.",
+            "Of an image waiting to be decoded, decoded, waiting for the model; of a batch in it.",
             ["stage"],
             buckets=_SECONDS,
             registry=own,

@@ -147,7 +147,7 @@ def warm_up(predictor: Predictor, max_batch_size: int, cost: BatchCost) -> None:
 
 
 def _at_once(call: Callable[[], object], count: int) -> None:
-    """Make so many calls at the same time, in threads that the end of the process is free to cut."""
+    """Make so many calls at the same time, in threads that the process may end without."""
     errors: list[Exception] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What systemd wants to hear of a service of Type=notify: sd_notify(3). Elsewhere nobody listens."""
+"""What systemd wants to hear of a service of Type=notify: sd_notify(3)."""
 
 import contextlib
 import math

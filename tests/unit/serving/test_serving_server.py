@@ -447,10 +447,11 @@ def test_a_model_that_hangs_gives_no_sign_of_life(tiny_package, encode, tmp_path
         ):
             asked = pool.submit(httpx.post, f"{served.url()}/v1/classify", content=encode("red"))
             assert served.process.stderr.readline() == "in the model\n"
-            began = time.monotonic()
-            with pytest.raises(TimeoutError):
-                while time.monotonic() < began + 20:
+            ends = time.monotonic() + 20
+            with contextlib.suppress(TimeoutError):
+                while time.monotonic() < ends:
                     supervisor.recv(100)
+            assert time.monotonic() < ends  # nothing came for 1.5 s
             served.process.kill()
             with contextlib.suppress(httpx.HTTPError):
                 asked.result()

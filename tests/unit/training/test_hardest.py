@@ -59,7 +59,9 @@ def test_the_small_network_freezes_its_stem_as_the_large_one_does(
     monkeypatch.setattr(parts, "proxy_network", watched)
     settings = [s for s in settings if not s.startswith("train.epochs")] + ["train.steps=6"]
     for epochs, learns in ((1, False), (3, True)):
-        fieldmark.train("digits", [*settings, f"optim.stem_epochs={epochs}"], out=tmp_path / str(epochs))
+        fieldmark.train(
+            "digits", [*settings, f"optim.stem_epochs={epochs}"], out=tmp_path / str(epochs)
+        )
         assert made[-1].whiten.bias.requires_grad == learns
 
 

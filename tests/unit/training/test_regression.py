@@ -205,7 +205,6 @@ def test_an_image_is_not_its_own_neighbour():
     ]
 
 
-
 def test_neighbours_of_a_large_split_are_looked_up_for_a_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
