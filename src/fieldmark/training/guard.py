@@ -12,7 +12,7 @@ class Guard:
     On a CPU the flag is read and the optimizer is not called. On a GPU reading it would wait for
     the device, so that the update is made and then undone there, element by element, where the
     flag is false; weights, optimizer state and norm statistics are copied for that. What an
-    optimizer counts on the host (the step number of an Adam that is not fused) is not undone.
+    optimizer counts on the host (the step number of LAMB) is not undone.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
