@@ -784,9 +784,8 @@ def test_a_client_that_goes_takes_its_image_along(make_predictor, encode):
             await asyncio.sleep(0.05)
             leaves = asyncio.create_task(leave(app, encode("red")))
             last = asyncio.create_task(client.post(URL, content=encode("red")))
-            await asyncio.sleep(0.1)
+            await asyncio.wait_for(leaves, 10)  # which ends with the client and not with the image
             release.set()
-            await leaves
             return (await first).status_code, (await last).status_code
 
     assert asyncio.run(go()) == (200, 200)
