@@ -100,7 +100,7 @@ def bad_images() -> Iterator[None]:
 @contextmanager
 def spoilt_weights() -> Iterator[None]:
     """Overwrite all weights once."""
-    set_rates, left = loop._set_rates, [1]
+    set_rates, left = loop.set_rates, [1]
 
     def and_spoil(rule: loop.UpdateRule, step: int, factor: float) -> None:
         set_rates(rule, step, factor)
@@ -109,7 +109,7 @@ def spoilt_weights() -> Iterator[None]:
             for parameter in rule.network.parameters():
                 parameter.data.fill_(1e38)
 
-    with mock.patch.object(loop, "_set_rates", and_spoil):
+    with mock.patch.object(loop, "set_rates", and_spoil):
         yield
 
 

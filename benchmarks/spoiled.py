@@ -13,7 +13,7 @@ from pathlib import Path
 from fieldmark.__main__ import main as run
 from fieldmark.training import loop
 
-set_rates = loop._set_rates
+set_rates = loop.set_rates
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
             for parameter in rule.network.parameters():
                 parameter.data.fill_(1e38)
 
-    loop._set_rates = and_spoil
+    loop.set_rates = and_spoil
     run()
 
 

@@ -91,7 +91,7 @@ def resnet(tiny_settings: list[str]) -> list[str]:
     [
         [],
         ["data.sampler=sqrt", "loss.class_weights=[0.5,2,1,0.25]"],
-        ["data.sampler=balanced", "loss.name=logit-adjusted"],
+        ["loss.name=logit-adjusted"],
     ],
     ids=["plain", "sampler and weights", "adjusted"],
 )
