@@ -34,8 +34,8 @@ def softmax(
 def largest(logits: npt.NDArray[np.floating[Any]], k: int | None) -> npt.NDArray[np.int64]:
     """Return for each row of finite logits (N, K) the indices of its k largest, (N, k).
 
-    The largest comes first, and of equal ones the first; None: all of them. Sorting all of a
-    thousand to show one of them would cost a service more than the rest of its answer.
+    The largest comes first, and of equal ones the first; None: all of them. Only what is shown is
+    sorted.
     """
     num_rows, num_classes = logits.shape
     if k is None or k >= num_classes or not num_rows:

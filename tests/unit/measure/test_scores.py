@@ -6,7 +6,14 @@ import torch
 import torchmetrics.functional.classification as metrics
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
-from fieldmark.measure import compare_logits, log_softmax, score, softmax, top_k_hits
+from fieldmark.measure import (
+    compare_logits,
+    largest,
+    log_softmax,
+    score,
+    softmax,
+    top_k_hits,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(500, 12)).astype(np.float32)
@@ -78,3 +85,14 @@ def test_agreement_of_shifted_classes_is_low_and_the_drop_is_the_difference() ->
     drop = (LOGITS.argmax(1) == LABELS).mean() - (shifted.argmax(1) == LABELS).mean()
     assert found.accuracy_drop is not None
     assert found.accuracy_drop[0] == pytest.approx(drop)
+
+
+def test_the_largest_are_those_of_a_whole_stable_sort() -> None:
+    draw = np.random.default_rng(0)
+    for num_classes in (1, 3, 50):
+        logits = draw.integers(-4, 4, (200, num_classes)).astype(np.float32)  # with many ties
+        whole = np.argsort(-logits, axis=1, kind="stable")
+        for k in (1, 2, 5, num_classes, num_classes + 1):
+            assert np.array_equal(largest(logits, k), whole[:, :k])
+        assert np.array_equal(largest(logits, None), whole)
+    assert largest(np.zeros((0, 3), np.float32), 2).shape == (0, 2)

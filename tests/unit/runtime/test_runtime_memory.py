@@ -105,3 +105,38 @@ def test_this_machine_s_own_facts_are_read() -> None:
     assert 0 < found.num_bytes < 2**50
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert 0 < peak_resident_bytes() <= peak + 2**20
+
+
+HEAPS = """
+import ctypes, sys, threading
+from fieldmark.runtime.memory import share_one_heap
+if sys.argv[1] == "one" and not share_one_heap():
+    sys.exit("no glibc")
+together = threading.Barrier(8)
+def work():
+    kept = [bytes(1000 + n) for n in range(50_000, 50_100)]
+    together.wait(10)
+threads = [threading.Thread(target=work) for _ in range(8)]
+for one in threads:
+    one.start()
+for one in threads:
+    one.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+out = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(out))
+libc.fclose(ctypes.c_void_p(out))
+"""
+
+
+def test_threads_share_a_heap_where_they_are_told_to(tmp_path: Path) -> None:
+    counts = {}
+    for how in ("one", "many"):
+        command = [sys.executable, "-c", HEAPS, how, str(tmp_path / how)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "no glibc" in done.stderr:
+            pytest.skip("this system's malloc has no heaps for threads")
+        assert done.returncode == 0, done.stderr
+        counts[how] = (tmp_path / how).read_text().count("<heap nr=")
+    assert counts["one"] == 1
+    assert counts["many"] > 1

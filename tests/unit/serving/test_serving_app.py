@@ -696,6 +696,8 @@ def test_json_that_is_not_images(client, content, part):
         (b"--c\r\n\r\nabc\r\n--c--\r\n", "cannot be read"),
         (b'--b\r\nContent-Disposition: form-data; name="f"\r\n\r\nabc', "must end"),
         (b"--b\r\nno colon\r\n\r\nabc\r\n--b--\r\n", "cannot be read"),
+        (b"--b\r\n" + b"X: y\r\n" * 3000 + b"\r\nabc\r\n--b--\r\n", "cannot be read"),
+        (b"--b\r\nX: y\r\n\r\nabc\r\n--bc\r\nX: y\r\n\r\nd\r\n--b--\r\n", "cannot be read"),
         (b"--b\r\n\r\nabc\r\n" * 33 + b"--b--\r\n", "at most 32 images"),
     ],
 )

@@ -255,6 +255,29 @@ def test_a_cold_model_is_warmed_and_its_cost_known_before_the_first_request(make
     assert cost.seconds(8, 8) > 0
 
 
+def test_as_many_of_the_largest_batches_as_can_be_run_at_once_before_it_is_ready(make_predictor):
+    together, seen = threading.Barrier(2), []
+
+    def predict(pixels):
+        if threading.current_thread() is not threading.main_thread():
+            seen.append(len(pixels))
+            together.wait(10)  # or it breaks, as nobody else comes
+        return np.zeros((len(pixels), 3), np.float32)
+
+    warm_up(dataclasses.replace(make_predictor(predict), workers=2), 8, BatchCost())
+    assert seen == [8, 8]
+
+
+def test_a_model_that_fails_as_it_is_warmed_is_told(make_predictor):
+    def predict(pixels):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no memory for two")
+        return np.zeros((len(pixels), 3), np.float32)
+
+    with pytest.raises(RuntimeError, match="no memory for two"):
+        warm_up(make_predictor(predict), 8, BatchCost())
+
+
 EARLY = """
     import os, signal, sys
     import uvicorn
