@@ -15,7 +15,6 @@ started again, it goes on with the runs that are missing.
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +23,9 @@ from typing import Any
 
 import numpy as np
 import results_file
+import subsets
 from results_file import Row
+from subsets import split_of
 
 import fieldmark
 from fieldmark.data.source import Source, open_source
@@ -194,27 +195,17 @@ def long_tailed(source: Source) -> Path:
     Raises:
         DataError: the source has no test split, or too few images of a class.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # Named by what it was made from, so that another copy of the images makes another folder.
     made_from = f"{LARGEST}-{FACTOR}-{SELECTION_SEED}-{source.fingerprint[:12]}"
-    folder = cache / "fieldmark" / "benchmarks" / f"long-tailed-{made_from}"
-    if folder.is_dir():
-        return folder
-    chosen = {"train": choose(source), "test": np.arange(len(_split(source, "test")))}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, "whole")
-        whole.mkdir()
-        for name, indices in chosen.items():
-            _write_parquet(source, name, indices, whole / f"{name}-00000-of-00001.parquet")
-        whole.rename(folder)
-    say(f"wrote {folder}: {len(chosen['train'])} train and {len(chosen['test'])} test images")
-    return folder
+    train = split_of(source, "train")
+    test = split_of(source, "test")
+    chosen = {"train": train.subset(choose(source), "train"), "test": test}
+    return subsets.written(f"long-tailed-{made_from}", chosen, source.class_names)
 
 
 def choose(source: Source) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Return the indices of the train images that stay, rising; a function of the seed alone."""
-    labels = _split(source, "train").labels
+    labels = split_of(source, "train").labels
     kept = []
     for label, size in enumerate(class_sizes(len(source.class_names))):
         members = np.flatnonzero(labels == label)
@@ -227,27 +218,6 @@ def choose(source: Source) -> "np.ndarray[Any, np.dtype[np.int64]]":
         bits = np.random.PCG64(derive_seed("long-tailed", SELECTION_SEED, label))
         kept.append(members[np.argsort(bits.random_raw(len(members)), kind="stable")[:size]])
     return np.sort(np.concatenate(kept))
-
-
-def _split(source: Source, name: str) -> Any:
-    if name not in source.splits:
-        raise DataError(
-            f"{source.spec} must have a {name} split. Got {', '.join(source.splits)}. "
-            "Give CIFAR-10 by --data."
-        )
-    return source.splits[name]
-
-
-def _write_parquet(source: Source, name: str, indices: Any, path: Path) -> None:
-    import datasets
-
-    split = _split(source, name).subset(indices, name)
-    images = [{"bytes": split.images.encoded(i), "path": None} for i in range(len(split))]
-    label = datasets.ClassLabel(names=list(source.class_names))
-    features = datasets.Features({"image": datasets.Image(), "label": label})
-    content = {"image": images, "label": split.labels.tolist()}
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_dict(content, features=features).to_parquet(str(path))
 
 
 if __name__ == "__main__":

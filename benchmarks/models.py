@@ -11,12 +11,12 @@ Prints the run's folder, which is a PACKAGE to every verb. A run that was cut sh
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import finetune
+import subsets
 
 import fieldmark
 from fieldmark.config import RunConfig
@@ -35,8 +35,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 
 def cache_folder() -> Path:
     """Return where the models are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fieldmark" / "benchmarks" / "models"
+    return subsets.cache_folder() / "models"
 
 
 def model(name: str, data: str, weights: str = "") -> Path:

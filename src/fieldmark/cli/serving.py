@@ -52,6 +52,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one image.")] = 10_000_000,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one image.")] = 50_000_000,
     max_connections: Annotated[int, typer.Option(min=1, help="The slowest makes room.")] = 2048,
+    max_per_address: Annotated[int, typer.Option(min=0, help="Connections; 0: any.")] = 0,
     body_timeout_s: Annotated[float, typer.Option(min=0.001, help="For a body to arrive.")] = 30.0,
     as_json: Json = False,
 ) -> None:
@@ -75,6 +76,7 @@ def serve(
         max_batch_size=max_batch_size,
         max_wait_s=max_wait_ms / 1000,
         max_connections=max_connections,
+        max_per_address=max_per_address,
         body_timeout_s=body_timeout_s,
         drain_s=drain_s,
     )

@@ -9,9 +9,10 @@ clients are in the way of each other and not of a fast one.
 """
 
 import asyncio
+import ipaddress
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from fieldmark.runtime import log
@@ -48,6 +49,7 @@ class Connections:
         self._reading: dict[_Guarded, float] = {}  # when: the event loop's time
         self._idle: dict[_Guarded, None] = {}
         self._open: set[_Guarded] = set()
+        self._of_address: dict[str, set[_Guarded]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -57,20 +59,27 @@ class Connections:
         return _Guarded(self, **options)
 
     def add(self, one: "_Guarded") -> bool:
-        """Take a connection, at the cost of a slower one; False: there is no room."""
-        if len(self._open) >= self.max_open:
-            slowest = self._slowest(one.loop.time())
-            if slowest is None:
-                return False
-            slowest.end("crowded")
+        """Take a connection, at the cost of a slower one; False: there is no room.
+
+        One of an address that has its full number replaces one of the same address.
+        """
+        neighbours = self._of_address.get(one.address, set())
+        most = self.limits.max_per_address or self.max_open
+        for among, room in ((neighbours, most), (self._open, self.max_open)):
+            if len(among) >= room:
+                slowest = self._slowest(among, one.loop.time())
+                if slowest is None:
+                    return False
+                slowest.end("crowded")
         self._open.add(one)
+        self._of_address.setdefault(one.address, set()).add(one)
         return True
 
-    def _slowest(self, now: float) -> "_Guarded | None":
+    def _slowest(self, among: "Collection[_Guarded]", now: float) -> "_Guarded | None":
         """Return who makes room: a slow reader, then who sends nothing, then any reader."""
-        reading = next(iter(self._reading), None)
+        reading = next((found for found in self._reading if found in among), None)
         is_slow = reading is not None and now - self._reading[reading] > _SLOW_S
-        return reading if is_slow else next(iter(self._idle), reading)
+        return reading if is_slow else next((i for i in self._idle if i in among), reading)
 
     def enter(self, one: "_Guarded", phase: Phase) -> None:
         """Note that a connection is in another phase now."""
@@ -86,6 +95,11 @@ class Connections:
         self._open.discard(one)
         self._reading.pop(one, None)
         self._idle.pop(one, None)
+        neighbours = self._of_address.get(one.address)
+        if neighbours is not None:
+            neighbours.discard(one)
+            if not neighbours:
+                del self._of_address[one.address]
 
 
 class _Guarded(BoundedHttp):
@@ -94,12 +108,14 @@ class _Guarded(BoundedHttp):
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._all = connections
+        self.address = ""
         self._phase: tuple[Phase, object] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.address = network_of(self.client[0]) if self.client else ""
         if not self._all.add(self):
             self._all.refused("crowded")
             self._say(503, "crowded", "the service has too many connections. Retry later.")
@@ -228,6 +244,19 @@ class _Guarded(BoundedHttp):
 
 
 _PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
+
+
+def network_of(address: str) -> str:
+    """Return what one client has: its IPv4 address, or the /64 network of its IPv6 address."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:  # of a socket that is a file
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Network((found.packed[:8] + bytes(8), 64)))
 
 
 def room_for_connections(wanted: int) -> int:

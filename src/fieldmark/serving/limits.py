@@ -7,7 +7,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.preprocess import MAX_PIXELS
 
 HTTP_FORMATS = ("JPEG", "PNG", "WEBP")
-_MAY_BE_0 = ("max_wait_s", "drain_s")
+_MAY_BE_0 = ("max_wait_s", "drain_s", "max_per_address")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Limits:
     max_wait_s: float = 0.0  # for a batch to fill
     hung_after_s: float = 60.0  # one batch this long in the model means that it hangs
     max_connections: int = 2048
+    max_per_address: int = 0  # connections of one client's address; 0: any number of them
     header_timeout_s: float = 10.0  # for the first line and the headers of a request to arrive
     body_timeout_s: float = 30.0  # for its body
     write_timeout_s: float = 30.0  # for a client to take its answer

@@ -159,13 +159,11 @@ def open_predictor(
                 f"variant {variant!r} of {package_path} must agree with the trained model. "
                 f"{' '.join(problems)} Run: {entry.made_by(package.path)}."
             )
+    maps = _maps(package, variant, threads, device) if explains else None
     if check and package.manifest.golden.count:
-        result = check_golden(package, predict, entry.precision, recorded=entry.golden)
-        if not result.passed:
-            raise CheckFailed(
-                f"variant {variant!r} of {package_path} must repeat its golden samples. "
-                f"{' '.join(result.problems())} Run: fieldmark verify {package_path}."
-            )
+        _must_repeat_golden(package, variant, predict)
+        if maps is not None:
+            _must_repeat_golden(package, variant, lambda pixels: maps.run(pixels)[0])
     elif check:
         log.warn(f"{package_path} has no golden samples, so its answers were not checked here.")
     return Predictor(
@@ -179,8 +177,18 @@ def open_predictor(
         name=package.manifest.name,
         variant=variant,
         device=device,
-        maps=_maps(package, variant, threads, device) if explains else None,
+        maps=maps,
     )
+
+
+def _must_repeat_golden(package: Package, variant: str, predict: Predict) -> None:
+    entry = package.manifest.variants[variant]
+    result = check_golden(package, predict, entry.precision, recorded=entry.golden)
+    if not result.passed:
+        raise CheckFailed(
+            f"variant {variant!r} of {package.path} must repeat its golden samples. "
+            f"{' '.join(result.problems())} Run: fieldmark verify {package.path}."
+        )
 
 
 def _maps(package: Package, variant: str, threads: int, device: Device) -> MapModel | None:

@@ -78,3 +78,5 @@ def test_a_hundred_updates_are_those_of_the_rule_written_out(name: str) -> None:
     found = fast_rules.compare(name, "digits", 16, ["model.args.widths=[16,32,32]"])
     assert found["largest_difference"] < 1e-3
     assert found["last_loss"] < found["first_loss"]
+    assert ("chosen_by_both" in found) == (name == "cifar10-fast96")
+    assert found.get("chosen_by_both", 1) >= 0.99

@@ -1,7 +1,9 @@
 """The last feature map as a second output, and the exact class maps that follow from it."""
 
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,15 @@ from packaging_data import (
 )
 from safetensors.numpy import save
 
-from fieldmark.errors import ConfigError, ModelError, PackageError
+from fieldmark.errors import CheckFailed, ConfigError, ModelError, PackageError
 from fieldmark.measure import class_maps
 from fieldmark.model import InferenceModule
 from fieldmark.packaging.export import export_module, export_onnx
 from fieldmark.packaging.load import open_onnx, open_session
 from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.packaging.maps import open_maps, read_tensor
+from fieldmark.serving import predictor
+from fieldmark.serving.predictor import open_predictor
 
 SIDE_PX = 64  # at which the feature map has more than one place
 
@@ -56,6 +60,29 @@ def test_the_mean_of_a_class_map_is_the_logit(package: Package, made: Made) -> N
     np.testing.assert_allclose(maps.mean(axis=(2, 3)), logits, atol=1e-4)
     assert maps.std(axis=(2, 3)).min() > 1e-3  # and they say where
     np.testing.assert_array_equal(model.maps(features, [3, 0]), maps[:, [3, 0]])
+
+
+def test_a_service_checks_the_session_of_the_maps_too(
+    mapped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_predictor(mapped, explains=True).maps is not None
+
+    class Other:
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def run(self, *arguments: Any) -> Any:
+            logits, features = self._session.run(*arguments)
+            return logits + np.float32(1), features
+
+    def open_other(*arguments: Any) -> Any:
+        model = open_maps(*arguments)
+        return dataclasses.replace(model, session=Other(model.session))
+
+    monkeypatch.setattr(predictor, "open_maps", open_other)
+    assert open_predictor(mapped).maps is None
+    with pytest.raises(CheckFailed, match="must repeat its golden samples"):
+        open_predictor(mapped, explains=True)
 
 
 def test_the_variant_says_what_its_outputs_are(package: Package) -> None:

@@ -12,6 +12,8 @@ import httpx
 import pytest
 from served import Served
 
+from fieldmark.serving.connections import network_of
+
 REQUEST = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /v1/classify HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
 
@@ -217,3 +219,43 @@ def test_no_more_connections_than_the_process_may_open_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["200", "272", "400"]
     assert "at most 272 connections instead of 1000" in done.stderr
+
+
+def test_an_address_with_its_full_number_makes_room_of_its_own(tiny_package):
+    with Served(tiny_package, max_per_address=5, header_timeout_s=60) as served:
+        host, port = served.address()
+        url = f"http://{host}:{port}"
+        neighbour = socket.create_connection((host, port), source_address=("127.0.0.2", 0))
+        greedy = [socket.create_connection((host, port)) for _ in range(5)]
+        try:
+            neighbour.sendall(REQUEST[:20])  # slower than all of them, and not in their way
+            for client in greedy:
+                client.sendall(REQUEST[:20])
+            greedy.append(connect(url))
+            greedy[-1].sendall(REQUEST)
+            assert greedy[-1].recv(1000).startswith(b"HTTP/1.1 200 ")
+            assert all_of(greedy[0]).startswith(b"HTTP/1.1 503 ")
+            neighbour.sendall(REQUEST[20:])
+            assert neighbour.recv(1000).startswith(b"HTTP/1.1 200 ")
+            for client in greedy[1:5]:
+                client.sendall(REQUEST[20:])
+                assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+            assert refused(url)["crowded"] == 2  # the one of this question, too
+        finally:
+            for client in [neighbour, *greedy]:
+                client.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_an_address_stands_for_one_client(address, network):
+    assert network_of(address) == network

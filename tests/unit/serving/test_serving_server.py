@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import shlex
 import signal
@@ -78,6 +79,26 @@ def test_announces_and_ends_on_sigint_and_frees_its_port(tiny_package):
         assert served.rest == ""
     with listen("127.0.0.1", port):
         pass
+
+
+HEAPS = """
+    import ctypes, sys
+    from fieldmark.serving.server import serve
+    def tell(facts):
+        libc = ctypes.CDLL(None)
+        libc.fopen.restype = ctypes.c_void_p
+        out = libc.fopen(sys.argv[2].encode(), b"w")
+        libc.malloc_info(0, ctypes.c_void_p(out))
+        libc.fclose(ctypes.c_void_p(out))
+    serve(sys.argv[1], port=0, announce=tell)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_the_threads_of_a_service_share_a_heap(tiny_package, tmp_path):
+    with Served(tiny_package, tmp_path / "heaps", script=HEAPS) as served:
+        served.url()
+        assert (tmp_path / "heaps").read_text().count("<heap nr=") == 1
 
 
 LOADING = """
