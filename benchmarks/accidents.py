@@ -10,7 +10,8 @@ weights  in the middle of the third epoch all weights are overwritten with 1e38,
 rate     from update 300 on the rate is 1,000 times too high, again after each rollback
 
 The first three must end with a package; their test accuracies are compared. The last must stop and
-say what is wrong. A finished arm is added to benchmarks/results/accidents.json at once.
+say what is wrong. A finished arm is added to benchmarks/results/accidents.json at once; rows of
+another trainer's code stay there and out of the summary.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor
 import fieldmark
 from fieldmark.data.resident import ResidentBatches
 from fieldmark.errors import FieldmarkError, NonFiniteLoss
-from fieldmark.runtime.files import read_json
+from fieldmark.runtime.files import read_json, sha256_bytes
 from fieldmark.runtime.log import say
 from fieldmark.training import loop, plan
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for arm in options.arms:
-        key = {"arm": arm, "seed": options.seed}
+        key = {"arm": arm, "seed": options.seed, "trainer": trainer()}
         if not results_file.has_row(results_file.rows(NAME), key):
             say(f"{arm}, seed {options.seed}")
             try:
@@ -58,6 +59,12 @@ def main() -> None:
                 sys.exit(f"error: {error}")
             results_file.append_row(NAME, COMMAND, row, summarise)
     print(summarise(results_file.rows(NAME))["summary"])
+
+
+def trainer() -> str:
+    """Return what tells the code that trains: rows of another are not of the present."""
+    files = sorted(Path(loop.__file__).parent.glob("*.py"))
+    return sha256_bytes(b"".join(path.read_bytes() for path in files))[:12]
 
 
 def run(arm: str, seed: int, data: str) -> Row:
@@ -130,6 +137,7 @@ ARMS = {"clean": clean, "images": bad_images, "weights": spoilt_weights, "rate":
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
     """Return each arm's figures, and its accuracy minus that of the clean run of its seed."""
+    rows = [row for row in rows if row.get("trainer") == trainer()]
     clean_of = {row["seed"]: row["top1_accuracy"] for row in rows if row["arm"] == "clean"}
     summary = []
     for row in rows:

@@ -50,8 +50,6 @@ def short(name: str, imagenet: Path) -> list[str]:
         settings.append(f"augment.sizes=[[0, {scaled}]]")
     if config.schedule.warmup_epochs:
         settings.append("schedule.warmup_steps=1")
-    if config.data.repeats > 2:  # of 8 images
-        settings.append("data.repeats=2")
     return settings
 
 

@@ -1,5 +1,6 @@
 """The sections on images and network: what training starts from."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,6 +59,20 @@ class AugmentConfig(Section):
     # [fraction of the run from which it holds, size in px]: smaller images early cost less, and
     # a size below the evaluation's makes objects seem as large as there. Empty: always that size.
     sizes: tuple[tuple[float, int], ...] = ()
+
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "ops_magnitude": ("ops=randaugment",),
+        "ops_magnitude_std": ("ops=randaugment",),
+        "num_ops": ("ops=randaugment",),
+        "erase_mode": ("erase_prob",),
+        "mix_prob": ("mixup_alpha", "cutmix_alpha"),
+        "resized_crop_min_area_frac": ("resized_crop",),
+    }
+
+    @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a policy that chooses for the images, nothing is known before it has seen them."""
+        return super().idle(values) if values["policy"] in ("custom", "none") else {}
 
     @classmethod
     def clears(cls, key: str) -> dict[str, Any]:

@@ -92,6 +92,10 @@ class OptimConfig(Section):
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
         "name": {"args": {}, "nesterov": False, "momentum": 0.9, "filter_lr": 0}
     }
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "filter_momentum": ("name=muon",),
+        "lookahead_decay": ("lookahead_steps",),
+    }
 
     name: str = "sgd"
     lr: float = Field(default=0.1, gt=0)
@@ -120,6 +124,10 @@ class ScheduleConfig(Section):
         ("warmup_epochs", "warmup_steps", "warmup_examples", "warmup_frac"),
     )
     arguments: ClassVar[dict[str, dict[str, Any]]] = {"name": {"step_epochs": 0, "end_factor": 0}}
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "warmup_start_factor": units[0],
+        "step_factor": ("step_epochs",),
+    }
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -162,13 +170,19 @@ class TrainConfig(Section):
     arguments: ClassVar[dict[str, dict[str, Any]]] = {
         unit: {"min_steps": 0} for unit in ("epochs", "steps", "examples", "max_minutes")
     }
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "ema_warmup": ("ema_decay",),
+        "ema_steps": ("ema_decay",),
+    }
 
     # gradient: updates of the network; linear-probe: a regression on features of frozen weights
     method: Literal["gradient", "linear-probe"] = "gradient"
     epochs: NonNegativeFloat | Literal["auto"] = 0.0  # auto: fewer the more images there are
     steps: int = Field(default=0, ge=0)
     examples: int = Field(default=0, ge=0)
-    max_minutes: float = Field(default=0.0, ge=0)  # the length is fitted to it when a run begins
+    # The length is fitted to it when a run begins. It is the time of the updates and validations:
+    # opening the data, timing, the test and the package come beside it.
+    max_minutes: float = Field(default=0.0, ge=0)
     min_steps: int = Field(default=0, ge=0)  # of `epochs`: at least so many updates
     batch_size: PositiveInt | Literal["auto"] = 32  # examples per update
     accumulation_steps: int = Field(default=1, gt=0)  # forward and backward passes per update

@@ -90,6 +90,11 @@ def _merged(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
             target[key] = dict(target[key])
             target = target[key]
         target[keys[-1]] = value
+    given = {(section, keys[0]) for section, keys, _ in changes}
+    for section in {section for section, _ in given}:
+        for name, default in _check_section(section).idle(merged[section]).items():
+            if (section, name) not in given:  # it was of what is switched off here
+                merged[section][name] = default
     return _validated(merged)
 
 

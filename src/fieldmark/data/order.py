@@ -37,7 +37,8 @@ class Order:
 
     With `repeats`, an update has that many copies of each of its images and fewer different ones,
     so that an epoch still shows as many images in as many updates. First copies come first, then
-    second copies, and so on: micro-batches and ranks then hold different copies.
+    second copies, and so on: micro-batches and ranks then hold different copies. Where the update
+    is no multiple of the copies, some images lack their last.
 
     An epoch drops what is left over after its last full batch.
 
@@ -55,18 +56,14 @@ class Order:
         repeats: int = 1,
     ) -> None:
         check_batch_size(len(labels), batch_size)
-        if batch_size % repeats:
-            raise ConfigError(
-                f"train.batch_size must be a multiple of data.repeats. Got {batch_size} and "
-                f"{repeats}. Change one of them."
-            )
         self._labels, self._batch_size, self._seed = labels, batch_size, seed
         self._sampler, self._repeats = sampler, repeats
+        self._num_different = -(-batch_size // repeats)  # images of an update
         self.steps_per_epoch = len(labels) // batch_size
 
     def updates(self, start_step: int) -> Iterator[Update]:
         """Yield each update from `start_step` on, without end."""
-        num_different = self._batch_size // self._repeats
+        num_different = self._num_different
         epochs = self._epochs(start_step // self.steps_per_epoch)
         step = start_step
         for epoch, indices, occurrences in epochs:
@@ -74,7 +71,8 @@ class Order:
                 part = slice(place * num_different, (place + 1) * num_different)
                 copies = np.repeat(np.arange(self._repeats), num_different)
                 copies += np.tile(occurrences[part] * self._repeats, self._repeats)
-                yield Update(step, epoch, np.tile(indices[part], self._repeats), copies)
+                shown = np.tile(indices[part], self._repeats)
+                yield Update(step, epoch, shown[: self._batch_size], copies[: self._batch_size])
                 step += 1
 
     def _epochs(self, start: int) -> Iterator[tuple[int, Labels, Labels]]:
@@ -88,7 +86,7 @@ class Order:
                 epoch += 1
         draws = _ClassDraws(
             self._labels,
-            self.steps_per_epoch * self._batch_size // self._repeats,
+            self.steps_per_epoch * self._num_different,
             self._seed,
             power=0.0 if self._sampler == "balanced" else 0.5,
         )

@@ -3,11 +3,13 @@
 A policy is a table of values for the keys of AugmentConfig. It is looked up once, when a run
 starts; what follows sees plain values. Lengths in px are fractions of the network's input.
 
-Three facts decide. Greyscale images (signs, scans, X-rays) get no colours and no flip: a mirrored
-letter is another letter, a mirrored chest has its heart on the wrong side. Small images, up to 64
-px, are padded and cropped, because parts of them enlarged show little, and stay in memory. Photos
-get resized crops. The fewer images there are, the more regularisation pays (Steiner et al. 2021,
-arXiv:2106.10270); but with very few of a class, mixing would show hardly any of them whole.
+Three facts decide: channels, sizes, and how many images there are, of all classes and of the
+smallest; how many classes there are does not by itself. Greyscale images (signs, scans, X-rays) get
+no colours and no flip: a mirrored letter is another letter, a mirrored chest has its heart on the
+wrong side. Small images, up to 64 px, are padded and cropped, because parts of them enlarged show
+little, and stay in memory. Photos get resized crops. The fewer images there are, the more
+regularisation pays (Steiner et al. 2021, arXiv:2106.10270); but with very few of a class, mixing
+would show hardly any of them whole.
 """
 
 from collections.abc import Callable

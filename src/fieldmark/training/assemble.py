@@ -102,14 +102,18 @@ def make_state(
     )
 
 
-def _advance(steps: Iterator[Step], at_least: int, seconds: float) -> int:
-    """Make so many updates, and for so long; return how many. Slow ones are cut short."""
+def _advance(steps: Iterator[Step], at_least: int, seconds: float, ranks: Ranks) -> int:
+    """Make so many updates, and for so long; return how many. Slow ones are cut short.
+
+    By the clock of the first process: another that made one more would wait for the rest in vain.
+    """
     began, count = time.monotonic(), 0
     while True:
         float(next(steps).loss)  # waits for the device
         count += 1
         spent = time.monotonic() - began
-        if (count >= at_least and spent >= seconds) or spent > _PATIENCE_S:
+        is_enough = (count >= at_least and spent >= seconds) or spent > _PATIENCE_S
+        if ranks.share(is_enough):
             return count
 
 
@@ -137,9 +141,9 @@ def measure_timing(
     for px in dict.fromkeys(sizes):
         with closing_if_it_can(batches_at(px).batches(0)) as batches:
             steps = train_steps(rule, batches, start_step=0, total_steps=_MOST_TIMED)
-            _advance(steps, 1 + num_prepared, 0.0)
+            _advance(steps, 1 + num_prepared, 0.0, rule.ranks)
             began = time.monotonic()
-            count = _advance(steps, max(_LEAST_TIMED, num_prepared), _TIMED_S)
+            count = _advance(steps, max(_LEAST_TIMED, num_prepared), _TIMED_S, rule.ranks)
             update_s[px] = (time.monotonic() - began) / count
     began = time.monotonic()
     if validate is not None:

@@ -177,6 +177,19 @@ def validation_rehearsal(network: nn.Module, image_shape: Sequence[int]) -> Run:
     return run
 
 
+def copies_bytes(network: nn.Module, *, num_averages: int) -> int:
+    """Return what a run holds of its weights beside an update, in bytes.
+
+    Each average is a copy; and until the first checkpoint there is one more of the network and of
+    each average, to go back to.
+
+    Args:
+        num_averages: of train.ema_decay and optim.lookahead_steps, those that are on.
+    """
+    one = sum(tensor.nbytes for tensor in network.state_dict().values())
+    return one * (1 + 2 * num_averages)
+
+
 def check_memory(
     train: TrainConfig,
     update: Run,
@@ -194,7 +207,8 @@ def check_memory(
 
     Args:
         update, validation: rehearsals of them.
-        beside_bytes: what else each process will hold, such as the batches that workers prepare.
+        beside_bytes: what else each process will hold: `copies_bytes`, the batches that workers
+            prepare.
         num_ranks: processes that divide an update; `ranks_here` of them share this memory.
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from timm.optim import RMSpropTF
 from torch import Tensor, nn
 
 
@@ -36,20 +37,24 @@ class Guard:
                 for buffer in self._buffers:
                     buffer.copy_(self.before[id(buffer)])
             return
-        kept = [(tensor, tensor.clone()) for tensor in self._moving()]
+        kept = [(tensor, tensor.clone()) for tensor, _ in self._moving()]
         known = {id(tensor) for tensor, _ in kept}
         scaler.step(self._optimizer)
-        # State that this very step made is emptied rather than restored.
-        kept += [(t, torch.zeros_like(t)) for t in self._moving() if id(t) not in known]
+        # State that this very step made becomes what it was made as.
+        kept += [(t, self._as_made(t, key)) for t, key in self._moving() if id(t) not in known]
         kept += [(buffer, self.before[id(buffer)]) for buffer in self._buffers]
         for tensor, before in kept:
             tensor.copy_(torch.where(is_finite, tensor, before))
 
-    def _moving(self) -> Iterator[Tensor]:
-        """Weights, and the optimizer's tensors on their device."""
+    def _as_made(self, state: Tensor, key: str) -> Tensor:
+        is_one = key == "square_avg" and isinstance(self._optimizer, RMSpropTF)
+        return torch.ones_like(state) if is_one else torch.zeros_like(state)
+
+    def _moving(self) -> Iterator[tuple[Tensor, str]]:
+        """Weights, and the optimizer's tensors on their device, with their names in its state."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                yield parameter
-                for value in self._optimizer.state.get(parameter, {}).values():
+                yield parameter, ""
+                for key, value in self._optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor) and value.device == parameter.device:
-                        yield value
+                        yield value, key

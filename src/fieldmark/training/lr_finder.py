@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fieldmark.config import RunConfig
+from fieldmark.config import RunConfig, override
 from fieldmark.errors import ConfigError, DiskFull, Interrupted, Preempted
-from fieldmark.runtime.log import progress
+from fieldmark.runtime.log import progress, say
 from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.lr_plot import save_lr_plot
 from fieldmark.training.run_folder import RunFolder
@@ -225,6 +225,11 @@ def range_test(config: RunConfig, plot: Path | None) -> dict[str, Any]:
 
 
 def _tested(config: RunConfig, folder: Path) -> LrFinding:
+    kept, parts = config.data.keep_hardest_frac, config.train.accumulation_steps
+    if kept < 1:
+        size = max(1, round(kept * config.train.examples_per_update / parts)) * parts
+        say(f"updates have any {size} images: choosing them would take another training first")
+        config = override(config, ["data.keep_hardest_frac=1", f"train.batch_size={size}"])
     with RunFolder.create(folder, config) as run:
         session = start_session(run, config, _no_validation).session
         batches = session.data.batches(0)

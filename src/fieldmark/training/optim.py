@@ -170,6 +170,11 @@ def _make_adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _make_muon(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
+    if config.args:
+        raise ConfigError(
+            f"optim.args is not a setting of muon. Got {config.args}. Its settings are "
+            "optim.momentum, nesterov, filter_lr and filter_momentum."
+        )
     for group in groups:
         if "filters" in group:
             group["momentum"] = config.filter_momentum

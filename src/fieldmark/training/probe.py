@@ -14,7 +14,7 @@ from torch import nn
 from fieldmark.config import DataConfig, EvalConfig, ProbeConfig, TrainConfig
 from fieldmark.data.labelled import Labels, Split
 from fieldmark.data.split import Splits
-from fieldmark.errors import DataError, Interrupted
+from fieldmark.errors import DataError
 from fieldmark.measure import Rate, wilson
 from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel
@@ -36,6 +36,7 @@ from fieldmark.training.regression import (
     sample_for_folds,
 )
 from fieldmark.training.run_folder import RunFolder
+from fieldmark.training.signals import stop_error
 
 REPORT_FILE = "probe.json"
 
@@ -68,15 +69,16 @@ def fit_probe(
 
     Raises:
         DataError: too many broken images, or a class without any.
-        Interrupted: Ctrl-C; what was extracted is kept.
+        Interrupted, Preempted: by Ctrl-C, or by another signal; what was extracted is kept.
     """
     try:
         found = _extract_splits(ready, probe, train, data, evaluation)
         report = _fit(ready, found["train"], found.get("val"), probe, train.seed)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; the features extracted so far are kept. "
-            f"Resume with: fieldmark train --resume --out {ready.run.path}"
+    except KeyboardInterrupt as stopped:
+        raise stop_error(
+            stopped,
+            "stopped; the features extracted so far are kept. "
+            f"Resume with: fieldmark train --resume --out {ready.run.path}",
         ) from None
     write_json(ready.run.path / REPORT_FILE, report)
     return report

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fieldmark.config import RunConfig
-from fieldmark.errors import ConfigError, FieldmarkError, Interrupted
+from fieldmark.errors import ConfigError, FieldmarkError, Interrupted, Preempted
 from fieldmark.training.prepare import BROKEN
 from fieldmark.training.probe import finish_report, fit_probe
 from fieldmark.training.run_folder import RunFolder
+from fieldmark.training.signals import stop_error
 from fieldmark.training.start import start_probe
 
 
@@ -34,7 +35,7 @@ def train_probe(
             data=config.data,
             evaluation=config.eval,
         )
-    except Interrupted:
+    except (Interrupted, Preempted):
         raise  # what was extracted serves the resumed run
     except (FieldmarkError, KeyboardInterrupt):
         if not resume:
@@ -60,10 +61,11 @@ def train_probe(
             },
             device=ready.device,
         )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped after the fit, before the package was written. "
-            f"Resume with: fieldmark train --resume --out {run.path}"
+    except KeyboardInterrupt as stopped:
+        raise stop_error(
+            stopped,
+            "stopped after the fit, before the package was written. "
+            f"Resume with: fieldmark train --resume --out {run.path}",
         ) from None
     finish_report(run.path, report, facts)
     return facts

@@ -21,7 +21,13 @@ from fieldmark.model import Architecture
 from fieldmark.packaging.resolve import ResolvedModel, resolve_model
 from fieldmark.runtime.log import say, warn
 from fieldmark.training.batch_size import out_of_memory_explained, settle_batch_size
-from fieldmark.training.capacity import Run, check_memory, rehearsal, validation_rehearsal
+from fieldmark.training.capacity import (
+    Run,
+    check_memory,
+    copies_bytes,
+    rehearsal,
+    validation_rehearsal,
+)
 from fieldmark.training.cost import training_flops
 from fieldmark.training.device import autocast, pick_device, prepare, settle_precision
 from fieldmark.training.features import frozen_digest, linear_head
@@ -136,8 +142,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         splits.train.labels if images.labels is None else images.labels,
         minlength=len(splits.class_names),
     ).tolist()
-    make_update = partial(_rehearsal, config, images, network.to(device), class_counts, device)
-    train = _settle_memory(run, config, images, splits, network, make_update, device)
+    # Before memory is measured, as its images may stay there.
     validate = make_validation(
         splits.val,
         images.preprocess,
@@ -148,6 +153,8 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
         num_ranks=run.ranks.world,
         gather=run.ranks.gather,
     )
+    make_update = partial(_rehearsal, config, images, network.to(device), class_counts, device)
+    train = _settle_memory(run, config, images, splits, network, make_update, device)
     pflop = _pflop_per_image(network, images, config)
     parts = Parts(run, config.model_copy(update={"train": train}), images, splits, class_counts)
     session = parts.session(network, validate, device)
@@ -238,13 +245,15 @@ def _settle_memory(
         validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
     at_a_time = train.examples_per_update // (train.accumulation_steps * ranks.world)
     workers = config.data.num_workers if images.pixels is None else 0
+    read_ahead = prefetched_bytes(workers, at_a_time, _largest_side(images))
+    num_averages = bool(train.ema_decay) + bool(config.optim.lookahead_steps)
     check_memory(
         train,
         update,
         validation,
         eval_batch_size=config.eval.batch_size,
         device=device,
-        beside_bytes=prefetched_bytes(workers, at_a_time, _largest_side(images)),
+        beside_bytes=read_ahead + copies_bytes(network, num_averages=num_averages),
         num_ranks=ranks.world,
         ranks_here=local_world(),
     )

@@ -37,7 +37,8 @@ class Plan:
     @property
     def prunes(self) -> bool:
         """Whether trials can be compared while they run."""
-        return not any(space.key in _LENGTH_KEYS for space in self.spaces)
+        is_fitted = self.config.train.max_minutes > 0  # each to a number of updates of its own
+        return not is_fitted and not any(space.key in _LENGTH_KEYS for space in self.spaces)
 
     @property
     def larger_is_better(self) -> bool:

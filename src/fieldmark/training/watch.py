@@ -12,6 +12,7 @@ import torch
 from fieldmark.training.loop import Step
 
 MAX_BAD_INPUTS = 50  # updates in a row
+MAX_OFTEN = 30  # of HISTORY updates that are not finite, though not in a row
 MAX_HIGH = 20  # updates in a row whose loss is above all of the sound ones
 _RISING = 5  # of them, from which on no state is kept to go back to
 HISTORY = 100  # sound updates that a loss is compared with
@@ -26,11 +27,16 @@ class Fault:
     """Why a run cannot simply go on."""
 
     step: int  # the first of the bad updates in a row
-    kind: str  # "non-finite", "spike", "rise" or "input"
+    kind: str  # "non-finite", "often", "spike", "rise" or "input"
     count: int
 
     def sentence(self) -> str:
         """Return what happened, as part of a sentence."""
+        if self.kind == "often":
+            return (
+                f"loss or gradient is not finite in {self.count} of {HISTORY} updates, "
+                f"the last of them {self.step}"
+            )
         what = {
             "non-finite": "loss or gradient is not finite",
             "spike": "loss has jumped",
@@ -76,7 +82,8 @@ class Watch:
     """Follows the lines of a run, one after the other, and says when to go back.
 
     A fault is `bad_updates` updates in a row that are not finite or whose loss jumps; or 50 in a
-    row whose images are not finite: those are skipped, and going back would not mend them. A loss
+    row whose images are not finite: those are skipped, and going back would not mend them. So are
+    30 of the last 100 updates (or `bad_updates`, if more) that are not finite. A loss
     jumps when it is more than `spike_factor` times the largest of the last 100 sound ones. One that
     stays above all of these, 20 updates in a row, is a fault too: what was learned is lost, though
     it was not lost at once. Either must be more than half of what the first losses were: a run that
@@ -102,6 +109,7 @@ class Watch:
         self._high: list[float] = []  # losses in a row above all sound ones
         self._high_from = 0
         self._begun_at, self._count, self._kind = 0, 0, ""  # of the bad updates in a row
+        self._is_bad: deque[bool] = deque(maxlen=HISTORY)  # of the last updates: not finite
         self._searching = 0  # updates in a row that a gradient scaler skipped
 
     @property
@@ -123,6 +131,7 @@ class Watch:
         if line["step"] in self._fresh_starts:
             self._sound.clear()
             self._high.clear()
+        self._is_bad.append(skipped == "non-finite")
         kind = skipped or ("spike" if self._is_above(line["loss"], self._spike_factor) else "")
         if not kind:
             self._count, self._kind = 0, ""
@@ -131,7 +140,13 @@ class Watch:
             self._begun_at, self._count = line["step"], 0
         self._count, self._kind = self._count + 1, kind
         limit = MAX_BAD_INPUTS if kind == "input" else self._bad_updates
-        return Fault(self._begun_at, kind, self._count) if self._count == limit else None
+        if self._count == limit:
+            return Fault(self._begun_at, kind, self._count)
+        often = max(MAX_OFTEN, self._bad_updates)
+        if kind == "non-finite" and sum(self._is_bad) >= often:
+            self._is_bad.clear()  # told once
+            return Fault(line["step"], "often", often)
+        return None
 
     def _take_finite(self, step: int, loss: float) -> Fault | None:
         if len(self._sound) == HISTORY and self._is_above(loss, 1.0):

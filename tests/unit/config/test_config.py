@@ -173,6 +173,36 @@ def test_another_loss_loses_the_arguments_of_the_one_before() -> None:
     override(BASE, ["loss.class_weights=[1, 2]", "loss.name=logit-adjusted"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "owner"),
+    [
+        ("train.ema_steps=4", "train.ema_decay"),
+        ("train.ema_warmup=true", "train.ema_decay"),
+        ("optim.lookahead_decay=0.9", "optim.lookahead_steps"),
+        ("optim.filter_momentum=0.5", "optim.name=muon"),
+        ("schedule.step_factor=0.5", "schedule.step_epochs"),
+        ("augment.ops_magnitude=5", "augment.ops=randaugment"),
+        ("augment.erase_mode=constant", "augment.erase_prob"),
+        ("augment.mix_prob=0.5", "augment.mixup_alpha or augment.cutmix_alpha"),
+        ("augment.resized_crop_min_area_frac=0.5", "augment.resized_crop"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(setting: str, owner: str) -> None:
+    with pytest.raises(ConfigError, match=f"means nothing without {owner}.* Got "):
+        load_recipe("cifar10-resnet18", [setting])
+
+
+def test_what_is_switched_off_takes_its_keys_along() -> None:
+    a2 = "imagenet-resnet50-a2"
+    plain = load_recipe(a2, ["augment.ops=none", "augment.mixup_alpha=0", "augment.cutmix_alpha=0"])
+    assert (plain.augment.ops_magnitude, plain.augment.mix_prob) == (9, 1)
+    assert load_recipe(a2, ["schedule.warmup_epochs=0"]).schedule.warmup_start_factor == 0.01
+    steps = load_recipe("imagenet-resnet50-tv2", ["train.ema_decay=0"]).train.ema_steps
+    assert steps == 1
+    chosen = load_recipe("cifar10-resnet18", ["augment.policy=strong", "augment.ops_magnitude=5"])
+    assert chosen.augment.ops_magnitude == 5  # whether it means something is seen at the images
+
+
 def test_a_config_is_frozen_and_its_json_reloads_equal() -> None:
     with pytest.raises(ValidationError):
         BASE.train.epochs = 1  # type: ignore[misc]

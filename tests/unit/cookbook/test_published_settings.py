@@ -6,12 +6,17 @@ recipe are; what a row does not name must be at its default.
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fieldmark.config.section import Section
 from fieldmark.cookbook import RECIPES, find_recipe
+from fieldmark.data.loader import FileBatches
+from fieldmark.data.source import open_source
 from fieldmark.model import Architecture, build
+from fieldmark.preprocess import Preprocess
+from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
 
@@ -310,3 +315,57 @@ def test_loss_augmentation_sizes_and_length(name: str) -> None:
     _, args = row["network"]
     wanted = {k: v for k, v in args.items() if k not in ("img_size", *row.get("from_package", ()))}
     assert {key: value for key, value in set_here.items() if value} == wanted
+
+
+# The loss of logits (2, 1, -1), worked out by hand; the targets are (1, 0, 0), or where they are
+# cut off at a threshold (0.9, 0.1, 0), of which 0.2 leaves one class and 1e-6 two.
+LOSSES = {
+    "cross-entropy": 0.3490122,  # log(1 + e^-1 + e^-3)
+    "cross-entropy, smoothed by 0.1": 0.4823455,  # 0.9 of that + 0.1 of the mean over the classes
+    "bce, smoothed by 0.1": 0.6289284,  # targets 0.9333, 0.0333 and 0.0333
+    "bce, cut at 0.2": 0.5844840,  # (log(1 + e^-2) + log(1 + e) + log(1 + e^-1)) / 3
+    "bce, cut at 1e-06": 0.2511508,  # log(1 + e) - 1 in the place of log(1 + e)
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_loss_that_is_built_gives_the_number_worked_out_by_hand(name: str) -> None:
+    said = ROWS[name].get("loss", {})
+    title = said.get("name", "cross-entropy")
+    title += f", smoothed by {said['label_smoothing']}" if "label_smoothing" in said else ""
+    title += f", cut at {said['bce_threshold']:g}" if "bce_threshold" in said else ""
+    target = [[0.9, 0.1, 0.0]] if "bce_threshold" in said else [[1.0, 0.0, 0.0]]
+    loss = make_loss(find_recipe(name).loss, class_counts=[5, 5, 5])
+    found = loss(torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor(target))
+    assert float(found) == pytest.approx(LOSSES[title], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_batches_that_are_built_have_the_size_copies_and_targets(name: str) -> None:
+    row, config = ROWS[name], find_recipe(name)
+    train_px, test_px = (px or 32 for px in row["px"])
+    split = open_source("digits").splits["all"].subset(np.arange(12), "train")
+    spec = Preprocess(height_px=test_px, width_px=test_px, mean=(0.5,) * 3, std=(0.2,) * 3)
+    made = FileBatches(
+        split,
+        spec,
+        config.augment,
+        batch_size=7,
+        seed=0,
+        num_classes=10,
+        num_workers=0,
+        repeats=config.data.repeats,
+        image_px=lambda _: train_px,
+    )
+    batches = made.batches(0)
+    images, targets = next(batches)
+    batches.close()
+    assert images.shape == (7, 3, train_px, train_px)
+    is_mixed = "mixup_alpha" in row["augment"] or "cutmix_alpha" in row["augment"]
+    assert targets.shape == ((7, 10) if is_mixed else (7,))
+    labels = targets.argmax(1) if is_mixed else targets
+    num_different = -(-7 // row.get("repeats", 1))
+    if not is_mixed:
+        assert labels.tolist() == (labels[:num_different].tolist() * 7)[:7]
+    unlike = {tuple(image.flatten()[:200].tolist()) for image in images}
+    assert len(unlike) > 1

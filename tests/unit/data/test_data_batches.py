@@ -212,7 +212,5 @@ def test_what_files_alone_can_do(split, spec):
 
 
 def test_what_cannot_be_is_an_error(make):
-    with pytest.raises(ConfigError, match="must be a multiple of data.repeats. Got 24 and 5."):
-        make(repeats=5)
     with pytest.raises(ConfigError, match="processes times train.accumulation_steps. Got 24 for 5"):
         make(num_ranks=5)

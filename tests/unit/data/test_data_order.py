@@ -4,6 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from fieldmark.cookbook import RECIPES, find_recipe
 from fieldmark.data.order import Order, Shares, epoch_order
 from fieldmark.errors import ConfigError
 
@@ -130,6 +131,37 @@ def test_each_image_has_its_copies_in_one_update(sampler):
         assert len({index for index, _ in seen}) == 8 * 20
 
 
+@pytest.mark.parametrize("sampler", ["shuffle", "balanced", "sqrt"])
+def test_an_update_that_is_no_multiple_of_the_copies_lacks_some_last_ones(sampler):
+    order = Order(LABELS, 64, 7, sampler=sampler, repeats=3)
+    num_different, seen = 22, set()
+    for update in take(order, order.steps_per_epoch):
+        assert len(update.indices) == len(update.copies) == 64
+        first, second, third = np.split(update.indices, [num_different, 2 * num_different])
+        assert (first == second).all()
+        assert (third == first[:20]).all()
+        pairs = set(zip(update.indices.tolist(), update.copies.tolist(), strict=True))
+        assert len(pairs) == 64
+        assert not seen & pairs
+        seen |= pairs
+    late = take(order, 6, 10)
+    assert same(late, take(Order(LABELS, 64, 7, sampler=sampler, repeats=3), 16)[10:])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_s_own_numbers_make_an_order(name):
+    config = find_recipe(name)
+    if config.train.batch_size == "auto" or config.train.method == "linear-probe":
+        pytest.skip("it has no batch size of its own")
+    labels = np.zeros(5_000, dtype=np.int64)
+    data, batch_size = config.data, config.train.examples_per_update
+    order = Order(labels, batch_size, 0, sampler=data.sampler, repeats=data.repeats)
+    [update] = take(order, 1)
+    assert len(update.indices) == batch_size
+    assert len(set(update.indices.tolist())) == -(-batch_size // data.repeats)
+    Shares(batch_size, config.train.accumulation_steps)
+
+
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 1), (2, 3), (4, 1), (1, 6)])
 def test_ranks_divide_an_update_in_order(num_ranks, accumulation):
     covered = []
@@ -142,8 +174,6 @@ def test_ranks_divide_an_update_in_order(num_ranks, accumulation):
 
 
 def test_what_cannot_be_is_an_error():
-    with pytest.raises(ConfigError, match="must be a multiple of data.repeats. Got 60 and 7."):
-        Order(LABELS, 60, 0, repeats=7)
     with pytest.raises(ConfigError, match="processes times train.accumulation_steps. Got 12 for 5"):
         Shares(12, 1, 0, 5)
     with pytest.raises(ConfigError, match="Got 530 for 529 images"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from packaging_data import (
+    CLASS_NAMES,
     SPEC,
     Made,
     add_export,
@@ -23,6 +24,7 @@ from fieldmark.errors import CheckFailed, ConfigError, ModelError, PackageError
 from fieldmark.measure import class_maps
 from fieldmark.model import InferenceModule
 from fieldmark.packaging.export import export_module, export_onnx
+from fieldmark.packaging.golden import make_golden, synthetic_images
 from fieldmark.packaging.load import open_onnx, open_session
 from fieldmark.packaging.manifest import Package, open_package
 from fieldmark.packaging.maps import open_maps, read_tensor
@@ -36,7 +38,8 @@ SIDE_PX = 64  # at which the feature map has more than one place
 def mapped(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mapped") / "package"
     spec = SPEC.model_copy(update={"height_px": SIDE_PX, "width_px": SIDE_PX})
-    write_falcons(folder, made.module, None, preprocess=spec)
+    golden = make_golden(synthetic_images(2, seed=7), spec, made.eager, CLASS_NAMES)
+    write_falcons(folder, made.module, golden, preprocess=spec)
     add_export(folder, "onnx", export_onnx(made.module, SIDE_PX, SIDE_PX, features=True))
     return folder
 

@@ -234,7 +234,8 @@ def test_an_address_with_its_full_number_makes_room_of_its_own(tiny_package):
             greedy.append(connect(url))
             greedy[-1].sendall(REQUEST)
             assert greedy[-1].recv(1000).startswith(b"HTTP/1.1 200 ")
-            assert all_of(greedy[0]).startswith(b"HTTP/1.1 503 ")
+            told = all_of(greedy[0])[:13]  # unless it was ended before its first bytes were read
+            assert told in (b"HTTP/1.1 503 ", b"")
             neighbour.sendall(REQUEST[20:])
             assert neighbour.recv(1000).startswith(b"HTTP/1.1 200 ")
             for client in greedy[1:5]:

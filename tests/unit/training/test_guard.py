@@ -145,3 +145,22 @@ def test_undoing_on_the_device_restores_weights_state_and_statistics(
         # AdamW keeps its own count of steps on the host, which is not undone.
         moved = {n for n in moved if not n.endswith(".step")}
         assert bool(moved) == is_finite
+
+
+def test_state_that_an_undone_first_step_made_is_as_the_optimizer_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RMSprop as TensorFlow has it begins at one, the momentum at zero."""
+    rule, _ = parts(OptimConfig(name="rmsproptf", lr=0.1))
+    guard = Guard(rule.network, rule.optimizer)
+    where = torch.where
+    monkeypatch.setattr(torch, "where", lambda flag, *rest: where(flag.value, *rest))
+    guard.before_forward()
+    rule.network.train()
+    rule.network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    guard.step(rule.scaler, _DeviceFlag(torch.tensor(False)))  # type: ignore[arg-type]
+    states = list(rule.optimizer.state.values())
+    assert states
+    for state in states:
+        assert (state["square_avg"] == 1).all()
+        assert (state["momentum_buffer"] == 0).all()

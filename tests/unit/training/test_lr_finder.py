@@ -287,6 +287,18 @@ def test_the_verb_draws_reports_and_leaves_no_run(
         fieldmark.lr_find("linear-probe", ["model.pretrained=timm:resnet18"])
 
 
+def test_no_other_network_is_trained_to_choose_images_for_it(
+    tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("a network was trained to choose images")
+
+    monkeypatch.setattr("fieldmark.training.parts.settle_hardest", never)
+    settings = [*tiny_settings, "train.threads=1", "data.keep_hardest_frac=0.5"]
+    assert fieldmark.lr_find("digits", settings).to_json()["rates"]
+    assert "updates have any 8 images" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_ends_it_without_a_trace(

@@ -95,6 +95,11 @@ def test_filters_of_muon_are_groups_of_their_own() -> None:
     assert (groups["backbone"]["lr"], groups["backbone"]["weight_decay"]) == (0.05, 1e-3)
 
 
+def test_further_arguments_are_never_dropped() -> None:
+    with pytest.raises(ConfigError, match=r"optim.args is not a setting of muon. Got \{'eps': 1"):
+        make_optimizer(network("airnet"), OptimConfig(name="muon", args={"eps": 1}))
+
+
 def test_a_network_without_layers_is_refused_in_a_sentence() -> None:
     class Layerless(nn.Linear):
         def get_classifier(self) -> nn.Module:

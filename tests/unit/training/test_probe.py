@@ -1,7 +1,9 @@
 """Linear probes as runs: the package's logits, resuming, refusals."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import fieldmark
 from fieldmark.cookbook import load_recipe
 from fieldmark.data.source import open_source
 from fieldmark.data.split import make_splits
-from fieldmark.errors import ConfigError, DataError, Interrupted, ModelError
+from fieldmark.errors import ConfigError, DataError, Interrupted, ModelError, Preempted
 from fieldmark.evaluation.backends import open_reference
 from fieldmark.packaging.resolve import resolve_model
 from fieldmark.training import features, probe
@@ -109,18 +111,26 @@ def test_the_package_s_logits_are_the_regression_s_and_the_backbone_is_untouched
     assert changed <= allowed
 
 
+@pytest.mark.parametrize(
+    ("received", "error"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, Preempted)]
+)
 def test_a_resumed_run_does_not_extract_again_and_ends_the_same(
-    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    received: signal.Signals,
+    error: type[Exception],
 ) -> None:
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
     expected = fieldmark.train("linear-probe", settings, out=calm).facts
 
     def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), received)
+        pytest.fail("the signal did not stop it")
 
     with monkeypatch.context() as during:
         during.setattr(probe, "cross_validate", interrupt)
-        with pytest.raises(Interrupted, match="the features extracted so far are kept"):
+        with pytest.raises(error, match="the features extracted so far are kept"):
             fieldmark.train("linear-probe", settings, out=stopped)
     assert not (stopped / "metrics.json").exists()
 

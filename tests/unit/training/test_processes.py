@@ -153,6 +153,21 @@ def test_a_resumed_run_of_two_ranks_equals_the_undisturbed_one_bit_for_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_fitted_to_a_time_makes_as_many_updates_on_each_rank(
+    tmp_path: Path, resnet: list[str]
+) -> None:
+    """Updates are timed by one clock: with two, one rank would wait for an update that is none."""
+    fitted = [
+        *without(resnet, "train.steps"),
+        "train.max_minutes=0.1",
+        "augment.sizes=[[0,24],[0.5,32]]",
+    ]
+    found = train(fitted, tmp_path / "run")
+    steps = [line["step"] for line in found if line["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps
+
+
 def test_devices_starts_the_processes_and_one_alone_writes_and_speaks(
     tmp_path: Path, resnet: list[str]
 ) -> None:

@@ -46,7 +46,7 @@ def test_warmup_and_cosine_equal_torch_s_sequential_schedulers() -> None:
 
 
 def test_linear_and_constant() -> None:
-    linear = ScheduleConfig(name="linear", end_factor=0.2, warmup_start_factor=0.5)
+    linear = ScheduleConfig(name="linear", end_factor=0.2, warmup_steps=2, warmup_start_factor=0.5)
     found = factors(linear, 10, 2)
     assert found[:3] == pytest.approx([0.5, 0.75, 1.0])
     assert lr_factor(linear, 10, total=10, warmup=2) == pytest.approx(0.2)

@@ -20,6 +20,7 @@ from fieldmark.errors import ConfigError, Interrupted, MissingDependency, RunErr
 from fieldmark.evaluation.validation import make_validation
 from fieldmark.measure import Rate, wilson
 from fieldmark.training.sweep import sweep
+from fieldmark.training.sweep_plan import new_plan
 
 LR = "optim.lr=log:0.01..1"
 EPOCHS = ("train.batch_size=16", "train.epochs=3")
@@ -91,6 +92,16 @@ def run_sweep(texts: list[str], out: Path, trials: int, make: Callable[..., Any]
 
 def resume_sweep(out: Path, make: Callable[..., Any] = make_validation) -> dict[str, Any]:
     return sweep("", [], out, num_trials=None, metric=None, resume=True, make_validation=make)
+
+
+@pytest.mark.parametrize(
+    ("setting", "prunes"),
+    [("train.epochs=3", True), ("train.steps=[10,20]", False), ("train.max_minutes=1", False)],
+)
+def test_trials_of_different_length_are_not_compared_while_they_run(
+    setting: str, prunes: bool
+) -> None:
+    assert new_plan("digits", [LR, setting], 3, "val_top1_accuracy").prunes == prunes
 
 
 @pytest.mark.slow

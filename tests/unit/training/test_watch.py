@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fieldmark.training.watch import HISTORY, MAX_BAD_INPUTS, Fault, Watch
+from fieldmark.training.watch import HISTORY, MAX_BAD_INPUTS, MAX_OFTEN, Fault, Watch
 
 
 def line(step: int, loss: float | None = 1.0, skipped: str = "") -> dict[str, Any]:
@@ -40,6 +40,20 @@ def test_three_in_a_row_are_a_fault_and_two_are_not() -> None:
 
 def test_a_longer_streak_is_told_once() -> None:
     assert len(faults([*CALM, *[line(41 + i, None, "non-finite") for i in range(9)]])) == 1
+
+
+def test_updates_that_go_wrong_often_are_a_fault_though_never_in_a_row() -> None:
+    def every(gap: int, count: int) -> list[dict[str, Any]]:
+        steps = range(41, 41 + count)
+        return [line(s, None, "non-finite") if s % gap == 0 else line(s) for s in steps]
+
+    [fault] = faults([*CALM, *every(3, 99)])
+    assert fault == Fault(42 + 3 * 29, "often", MAX_OFTEN)
+    assert "not finite in 30 of 100 updates, the last of them 129" in fault.sentence()
+    assert not faults([*CALM, *every(4, 400)])
+    assert len(faults([*CALM, *every(2, 130)])) == 2  # and it is told again when it goes on
+    bad_images = [line(s, None, "input" if s % 2 else "") for s in range(41, 241)]
+    assert not faults([*CALM, *[b if b.get("skipped") else line(b["step"]) for b in bad_images]])
 
 
 def test_a_streak_may_be_as_long_as_it_is_asked_for() -> None:
