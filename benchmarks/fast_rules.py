@@ -201,7 +201,7 @@ def restated(
             with torch.no_grad():
                 for key, fast in network.state_dict().items():
                     if key in slow:
-                        slow[key].mul_(kept).add_(fast, alpha=1 - kept)
+                        slow[key].lerp_(fast, 1 - kept)
                         fast.copy_(slow[key])
         yield loss.item() / batch_size
     assert math.isfinite(loss.item())
