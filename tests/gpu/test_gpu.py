@@ -1,6 +1,7 @@
 """What only a CUDA device can show: mixed precision with a scaler, equal answers, its memory."""
 
 import contextlib
+import itertools
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fieldmark.config import AugmentConfig, LossConfig, OptimConfig, TrainConfig
 from fieldmark.data.resident import ResidentBatches
 from fieldmark.errors import OutOfMemory
 from fieldmark.model import Architecture, build
+from fieldmark.training.assemble import make_rule, make_state
 from fieldmark.training.batch_size import (
     give_back,
     largest_that_fits,
@@ -20,8 +22,10 @@ from fieldmark.training.batch_size import (
     settle_batch_size,
 )
 from fieldmark.training.capacity import Run, measure_memory, peak_memory_bytes, rehearsal
+from fieldmark.training.loop import train_steps
 from fieldmark.training.losses import make_loss
 from fieldmark.training.optim import make_optimizer
+from fieldmark.training.ranks import Alone
 
 pytestmark = pytest.mark.gpu
 
@@ -159,3 +163,32 @@ def test_no_batch_waits_for_the_gpu() -> None:
             next(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "lookahead"])
+def test_no_update_waits_for_the_gpu(name: str) -> None:
+    more = {"lookahead_steps": 2} if name == "lookahead" else {}
+    more |= {"filter_lr": 0.1} if name == "muon" else {}
+    optim = OptimConfig(name="sgd" if name == "lookahead" else name, lr=0.01, **more)
+    train = TrainConfig(steps=20, batch_size=8, ema_decay=0.9, precision="bfloat16")
+    device = torch.device("cuda")
+    rule = make_rule(
+        build(Architecture("small_test_resnet", 4)).to(device),
+        train=train,
+        optim=optim,
+        loss=LossConfig(),
+        freeze="none",
+        steps_per_epoch=10,
+        class_counts=[8] * 4,
+        device=device,
+        ranks=Alone(),
+    )
+    state = make_state(rule, train=train, optim=optim, total_steps=20)
+    images, labels = torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device) % 4
+    endless = itertools.repeat((images, labels))
+    for step in train_steps(rule, endless, start_step=0, total_steps=20):
+        state.after_update(step.index, step.is_finite)
+        is_warm = 4 <= step.index < 20  # what is made once may wait
+        torch.cuda.set_sync_debug_mode("error" if is_warm else "default")
+    assert bool(step.is_finite)
