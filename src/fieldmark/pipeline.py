@@ -351,7 +351,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     variant: str = "auto",
-    threads: int = 0,
+    threads: int | str = 0,
     device: str = "auto",
     limits: "Limits | None" = None,
     keys: Path | None = None,
@@ -361,7 +361,8 @@ def serve(
 
     Args:
         variant: auto takes what `bench` found to be the fastest here, else onnx.
-        threads: 0: as `bench` found, else all cores.
+        threads: of the model, or "2x1": calls at once, and threads of each. 0: as `bench` found,
+            else all cores.
         device: auto, cpu or cuda.
         limits: what the service takes, and how long it tries; None: as by default.
         keys: a file of API keys, of which each request must carry one; None: none is asked for.

@@ -33,7 +33,7 @@ def serve(
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     variant: Annotated[str, typer.Option(help="As bench found, or a name.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="0: as bench found.")] = 0,
+    threads: Annotated[str, typer.Option(help="T or CALLSxT; 0: as bench found.")] = "0",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ask for a key: see fieldmark keys.")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from typing import Any
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+def write_atomic(
+    path: Path, *parts: bytes | memoryview, prepare: Callable[[Path], None] = lambda new: None
+) -> None:
     """Write the parts under a temporary name, flush them to the disk, then rename to `path`.
+
+    Args:
+        prepare: is called with the temporary file before that, to change its mode or owner.
 
     Raises:
         OSError: nothing changed, and the temporary file is gone. When there was no room, the
@@ -28,6 +33,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
+            prepare(temporary)
             temporary.replace(path)
         finally:
             with contextlib.suppress(OSError):  # never in the place of the error that led here
@@ -79,10 +85,12 @@ def remove_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused."""
+def write_json(
+    path: Path, value: Any, *, prepare: Callable[[Path], None] = lambda new: None
+) -> None:
+    """Write `value` as indented JSON, atomically; NaN is refused. `prepare`: see write_atomic."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, (text + "\n").encode(), prepare=prepare)
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response, Security
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
@@ -22,6 +22,7 @@ from fieldmark.serving.identity import Identified
 from fieldmark.serving.intake import TIMEOUT_HEADER
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import HTTP_FORMATS, Limits
+from fieldmark.serving.page import HEADERS, PAGE
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.protocol import make_router
 from fieldmark.serving.replies import (
@@ -134,6 +135,11 @@ def _add_classify(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        """Show a page on which an image can be tried."""
+        return HTMLResponse(PAGE, headers=HEADERS)
+
     @app.get("/livez", responses=_error_responses(503))
     async def livez() -> AliveBody:
         """Say that the process answers: if it does not, restart it."""

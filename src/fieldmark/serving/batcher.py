@@ -225,14 +225,20 @@ class Batcher:
     def _compute(self, batch: list[Job]) -> "_Done":
         """Decode and run a batch, in a thread."""
         began = time.monotonic()
-        images = [self._decoded(job) for job in batch]
-        pixels = [image for image in images if not isinstance(image, Exception)]
+        decoded = [self._decoded(job) for job in batch]
+        # Looked at again, as the others of the batch may have taken long to decode.
+        images = [_if_wanted(job, image) for job, image in zip(batch, decoded, strict=True)]
+        wanted = [
+            (job, image)
+            for job, image in zip(batch, images, strict=True)
+            if not isinstance(image, Exception)
+        ]
         started = time.monotonic()
-        found, failed = self._logits(pixels) if pixels else ([], False)
+        found, failed = self._logits(wanted) if wanted else ([], False)
         seconds = time.monotonic() - started
         rest = iter(found)
         answers = [image if isinstance(image, Exception) else next(rest) for image in images]
-        return _Done(answers, len(pixels), began, seconds, failed)
+        return _Done(answers, len(wanted), began, seconds, failed)
 
     def _decoded(self, job: Job) -> Pixels | Exception:
         image = job.image
@@ -247,15 +253,22 @@ class Batcher:
         except Exception as error:  # noqa: BLE001  # this image's answer and no other's
             return error
 
-    def _logits(self, images: list[Pixels]) -> tuple[list[Logits | Exception], bool]:
+    def _logits(self, batch: list[tuple[Job, Pixels]]) -> tuple[list[Logits | Exception], bool]:
         """Return for each image its logits or what went wrong, and whether the batch failed."""
         try:
-            return list(self._predict(np.stack(images))), False
+            return list(self._predict(np.stack([image for _, image in batch]))), False
         except Exception as error:  # noqa: BLE001  # whatever a run time raises
-            if len(images) == 1:
+            if len(batch) == 1:
                 return [_as_model_error(error)], True
-            log.warn(f"a batch of {len(images)} images failed ({error}): each is run alone")
-        return [self._logits([image])[0][0] for image in images], True
+            log.warn(f"a batch of {len(batch)} images failed ({error}): each is run alone")
+        answers: list[Logits | Exception] = []
+        for job, image in batch:
+            found = _if_wanted(job, image)
+            if isinstance(found, Exception):
+                answers.append(found)
+            else:
+                answers += self._logits([(job, image)])[0]
+        return answers, True
 
 
 class _GivenUp(Exception):
@@ -271,6 +284,16 @@ class _Done:
     started: float  # time.monotonic(), before any was decoded
     seconds: float  # in the model
     failed: bool
+
+
+def _if_wanted(job: Job, decoded: Pixels | Exception) -> Pixels | Exception:
+    """Return what was decoded of a job, or why the model need not see it."""
+    if isinstance(decoded, Exception):
+        return decoded
+    now = time.monotonic()
+    if job.answer.done():
+        return _GivenUp()
+    return Late.before_the_model(now - job.since) if job.deadline <= now else decoded
 
 
 def _settle(job: Job, answer: Logits | Exception) -> None:

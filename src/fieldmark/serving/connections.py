@@ -15,13 +15,16 @@ import resource
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
+from starlette.datastructures import Headers
+
 from fieldmark.runtime import log
 from fieldmark.serving.bounded import BoundedHttp
-from fieldmark.serving.limits import Limits
+from fieldmark.serving.intake import request_id
+from fieldmark.serving.limits import SLOW_S, Limits
+from fieldmark.serving.replies import error_content
 
 Phase = Literal["header", "body", "answer", "idle"]
 LAST_CALL_S = 0.5  # for a request that is already on its way when the service ends
-_SLOW_S = 1.0  # a request that arrives for longer makes room before an idle connection does
 _SPARE_FILES = 128  # beside the connections: the model, the log, what libraries open
 
 
@@ -32,14 +35,14 @@ class Connections:
         self,
         limits: Limits,
         refused: Callable[[str], None] = lambda reason: None,
-        marks: Callable[[], list[tuple[bytes, bytes]]] = lambda: [],
+        marks: Callable[[str], list[tuple[bytes, bytes]]] = lambda identity: [],
     ) -> None:
         """Begin without a connection.
 
         Args:
             refused: is told why a connection was ended or turned away, in one of few words:
                 slow_header, slow_body, slow_reader, crowded, bad_http.
-            marks: returns headers that every answer has.
+            marks: the id of a request -> the headers that its answer has beside others.
         """
         self.limits = limits
         self.refused = refused
@@ -78,8 +81,17 @@ class Connections:
     def _slowest(self, among: "Collection[_Guarded]", now: float) -> "_Guarded | None":
         """Return who makes room: a slow reader, then who sends nothing, then any reader."""
         reading = next((found for found in self._reading if found in among), None)
-        is_slow = reading is not None and now - self._reading[reading] > _SLOW_S
+        is_slow = reading is not None and now - self._reading[reading] > SLOW_S
         return reading if is_slow else next((i for i in self._idle if i in among), reading)
+
+    def end_slowest_body(self) -> bool:
+        """End the request whose body has been arriving longest, and for more than a second."""
+        now = asyncio.get_running_loop().time()
+        for one, since in self._reading.items():
+            if one.reading == "body" and now - since > SLOW_S:
+                one.end("slow_body")
+                return True
+        return False
 
     def enter(self, one: "_Guarded", phase: Phase) -> None:
         """Note that a connection is in another phase now."""
@@ -175,6 +187,9 @@ class _Guarded(BoundedHttp):
         self._all.discard(self)
         phase = self._found_phase()
         is_untold = phase == "body" and not self.cycle.response_started
+        if phase == "body":  # what it has sent is given up now, and not when the client reads on
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if is_untold or (phase == "header" and self.reading is not None):
             if reason == "crowded":
                 self._say(503, reason, "the service has too many connections. Retry later.")
@@ -226,13 +241,18 @@ class _Guarded(BoundedHttp):
     def _say(self, status: int, code: str, message: str) -> None:
         """Answer outside of the app, and close."""
         self._cancel()
-        body = json.dumps({"error": {"code": code, "message": message}}).encode()
+        none: Any = {"path": "", "headers": [], "state": {}}
+        scope: Any = self.cycle.scope if self.reading == "body" else none
+        state = scope["state"]
+        state["answered"] = status  # for who counts and logs the request
+        identity = state.setdefault("request_id", request_id(Headers(scope=scope)))
+        body = json.dumps(error_content(scope["path"], code, message)).encode()
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),
             ("connection", "close"),
         ]
-        marks = [(name.decode(), value.decode()) for name, value in self._all.marks()]
+        marks = [(name.decode(), value.decode()) for name, value in self._all.marks(identity)]
         headers += [(name, value) for name, value in marks if name != "connection"]
         if status == 503:
             headers.append(("retry-after", "1"))

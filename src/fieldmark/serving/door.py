@@ -1,4 +1,4 @@
-"""Who may ask: with a file of keys, every path wants one but health and the description."""
+"""Who may ask: with a file of keys, every path wants one but health, page and description."""
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -9,7 +9,7 @@ from fieldmark.serving.replies import error_reply
 from fieldmark.serving.service import Service
 
 OPEN = frozenset(
-    {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
+    {"/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
 )
 
 

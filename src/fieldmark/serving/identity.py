@@ -48,8 +48,8 @@ class Identified:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        identity = request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = identity
+        state = scope.setdefault("state", {})
+        identity = state.setdefault("request_id", request_id(Headers(scope=scope)))
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -72,6 +72,7 @@ class Identified:
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # The template that matched: a path is the client's choice and would be a label without end.
         state = scope["state"]
+        status = state.get("answered", status)  # by the connection, before the app could
         route = state.get("route") or getattr(scope.get("route"), "path", "other")
         self._service.metrics.request(route, status, seconds)
         log.event(

@@ -9,11 +9,13 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from fieldmark.errors import BodyTooLarge
+from fieldmark.serving.compression import inflate
 from fieldmark.serving.limits import Limits
 from fieldmark.serving.replies import BadBody, BadQuery, shown
 from fieldmark.serving.service import Service
@@ -85,11 +87,12 @@ async def read_images(request: Request, service: Service) -> Images:
 
 
 async def read_body(request: Request, service: Service, max_bytes: int) -> bytes:
-    """Return the body.
+    """Return the body, as it was before Content-Encoding.
 
     Raises:
         BodyTooLarge: it has too many bytes; before reading, if its declared size is too large.
         Busy: too many bodies are arriving.
+        BadBody: it is not compressed as its header says.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
@@ -99,15 +102,18 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
     body = bytearray()
     try:
         async for chunk in request.stream():
-            service.arrive(len(chunk))
+            await service.arrive(len(chunk))
             body += chunk
             if len(body) > max_bytes:
                 raise BodyTooLarge(
                     f"body must have at most {max_bytes} bytes. Got more. Resize and retry."
                 )
-        return bytes(body)
+        encoding = request.headers.get("content-encoding", "")
+        if not encoding:
+            return bytes(body)
+        return await service.apart(partial(inflate, bytes(body), encoding, max_bytes))
     finally:
-        service.arrive(-len(body))
+        service.has_arrived(len(body))
 
 
 def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:

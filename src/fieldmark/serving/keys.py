@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -126,15 +126,26 @@ def remove_key(path: Path, name: str) -> None:
 
 def _write(path: Path, entries: tuple[KeyEntry, ...]) -> None:
     try:
-        before = path.stat() if path.exists() else None
-        write_json(path, KeyFile(keys=entries).model_dump(mode="json"))
-        os.chmod(path, 0o600 if before is None else stat.S_IMODE(before.st_mode))
-        if before is not None and before.st_uid != os.geteuid():
-            os.chown(path, before.st_uid, before.st_gid)  # a service that may read it goes on to
+        write_json(path, KeyFile(keys=entries).model_dump(mode="json"), prepare=_as_before(path))
     except OSError as error:
         raise ConfigError(
             f"keys must be a file that can be written. Got {path}: {error.strerror}."
         ) from error
+
+
+def _as_before(path: Path) -> Callable[[Path], None]:
+    """Return what gives a new file the owner and the mode of the one that it will replace.
+
+    Before it does: a service that looks in between must be able to read it.
+    """
+    before = path.stat() if path.exists() else None
+
+    def prepare(new: Path) -> None:
+        if before is not None and before.st_uid != os.geteuid():
+            os.chown(new, before.st_uid, before.st_gid)
+        os.chmod(new, 0o600 if before is None else stat.S_IMODE(before.st_mode))
+
+    return prepare
 
 
 class BadKey(FieldmarkError):
@@ -175,6 +186,7 @@ class Keys:
         """Read the file, or raise ConfigError."""
         self._path = path
         self._stamp = self._stat()
+        self._failed: tuple[float, int, int] | None = None  # the stamp of what could not be read
         self._entries = read_keys(path).keys
         self._looked = monotonic()
         self._allowances: dict[str, Allowance] = {}
@@ -215,12 +227,14 @@ class Keys:
         stamp = self._stat()
         if stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             self._entries = read_keys(self._path).keys
         except ConfigError as error:
-            log.warn(f"{error} The keys known before are still taken.")
+            if stamp != self._failed:  # once for each change
+                log.warn(f"{error} The keys known before are still taken.")
+            self._failed = stamp
         else:
+            self._stamp = stamp
             log.say(f"{self._path} was read again: {len(self._entries)} keys")
 
     def _stat(self) -> tuple[float, int, int]:

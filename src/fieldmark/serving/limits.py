@@ -7,6 +7,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.preprocess import MAX_PIXELS
 
 HTTP_FORMATS = ("JPEG", "PNG", "WEBP")
+SLOW_S = 1.0  # what arrives for longer makes room for others before anything else does
 _MAY_BE_0 = ("max_wait_s", "drain_s", "max_per_address")
 
 
@@ -37,6 +38,11 @@ class Limits:
     write_timeout_s: float = 30.0  # for a client to take its answer
     idle_timeout_s: float = 75.0  # between requests of a connection; a proxy's is often 60
     drain_s: float = 5.0  # between SIGTERM and the last new connection
+
+    @property
+    def largest_batch(self) -> int:
+        """The images that can come together in the model."""
+        return min(self.max_batch_size, self.max_inside)
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -44,6 +44,7 @@ class Predictor:
     name: str = "model"
     variant: str = "onnx"
     device: Device = "cpu"
+    platform: str = "onnx_onnxv1"  # as the Open Inference Protocol names what runs it
     maps: MapModel | None = None  # the same variant with its features, where it gives them
 
     @property
@@ -159,7 +160,8 @@ def open_predictor(
                 f"variant {variant!r} of {package_path} must agree with the trained model. "
                 f"{' '.join(problems)} Run: {entry.made_by(package.path)}."
             )
-    maps = _maps(package, variant, threads, device) if explains else None
+    # A thread beside those of the model, which are as many as there are cores.
+    maps = _maps(package, variant, 1, device) if explains else None
     if check and package.manifest.golden.count:
         _must_repeat_golden(package, variant, predict)
         if maps is not None:
@@ -177,6 +179,7 @@ def open_predictor(
         name=package.manifest.name,
         variant=variant,
         device=device,
+        platform="openvino_ir" if is_openvino else "onnx_onnxv1",
         maps=maps,
     )
 

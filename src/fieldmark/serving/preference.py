@@ -128,12 +128,14 @@ def preferred(package: Package) -> Preference | None:
     return found
 
 
-def choose_served(package: Package, variant: str = "auto", threads: int = 0) -> Served:
+def choose_served(
+    package: Package, variant: str = "auto", setting: Setting | None = None
+) -> Served:
     """Return what to serve: what was asked for, else what this machine prefers, else "onnx".
 
     Args:
         variant: auto, or the name of a variant, which is not looked up.
-        threads: 0: those that were measured to suit the variant, or all cores.
+        setting: None: what was measured to suit the variant, or all cores in one call.
     """
     found = preferred(package)
     choice = None if found is None else found.choice
@@ -142,8 +144,10 @@ def choose_served(package: Package, variant: str = "auto", threads: int = 0) -> 
         why = f"not measured here: {_remedy(package)}" if found is None else _said(found, package)
     else:
         name, why = variant, "as asked"
-    if threads or choice is None or choice.variant != name:
-        return Served(name, Setting(1, threads or num_cores()), why)
+    if setting is not None:
+        return Served(name, setting, why)
+    if choice is None or choice.variant != name:
+        return Served(name, Setting(1, num_cores()), why)
     return Served(name, Setting(choice.workers, choice.threads), why)
 
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, V2, over HTTP: what tritonclient and KServe's clients speak.
+"""The Open Inference Protocol, V2, over HTTP: what tritonclient speaks.
 
 Inputs, one of the two: `images`, UINT8 (N, H, W, 3), as the preprocessing makes them; or `encoded`,
 BYTES (N): JPEG, PNG or WebP files. Outputs: `logits` and `probabilities`, FP32 (N, num_classes), or
@@ -15,18 +15,17 @@ import fieldmark
 from fieldmark.errors import FieldmarkError
 from fieldmark.measure import largest, softmax
 from fieldmark.preprocess import Pixels
+from fieldmark.serving.compression import compress
 from fieldmark.serving.door import count_images
 from fieldmark.serving.intake import SPARE_PARTS, deadline_of, read_body
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.presence import unless_gone
-from fieldmark.serving.replies import BadBody, NoSuchModel, ProtocolError, shown, to_error
+from fieldmark.serving.replies import BadBody, BadQuery, NoSuchModel, ProtocolError, shown, to_error
 from fieldmark.serving.service import Service
 from fieldmark.serving.tensors import (
     LENGTH_HEADER,
     Asked,
     Inference,
-    compress,
-    inflate,
     parse_inference,
     to_body,
 )
@@ -75,6 +74,7 @@ _INFERRED: dict[int | str, dict[str, Any]] = {
     }
 }
 
+MAX_JSON_VALUES = 1_000_000  # of a request with more than one image; about 0.1 s
 EXTENSIONS = ("binary_tensor_data", "classification")
 OUTPUTS = ("logits", "probabilities")
 
@@ -122,7 +122,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         return {
             "name": predictor.name,
             "versions": [predictor.version],
-            "platform": "onnx_onnxv1",
+            "platform": predictor.platform,
             "inputs": [
                 {"name": "images", "datatype": "UINT8", "shape": shape},
                 {"name": "encoded", "datatype": "BYTES", "shape": [-1]},
@@ -140,13 +140,15 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
         """Infer: JSON, or JSON and binary tensors, or (with length 0) one encoded image."""
         predictor = _found(service, name, version)
+        if request.url.query:
+            raise BadQuery(f"infer takes no parameters in its URL. Got {shown(request.url.query)}.")
         deadline = deadline_of(request, service.limits)
         body = await read_body(request, service, service.limits.max_request_bytes)
-        encoding = request.headers.get("content-encoding", "")
-        body = inflate(body, encoding, service.limits.max_request_bytes)
         spec = predictor.preprocess
         # Pixels as lists of lists of lists in JSON have a number and a list of three for each.
-        most = 4 * service.limits.max_images * spec.height_px * spec.width_px + SPARE_PARTS
+        # While JSON is read nothing else is answered, so that more than one image must be small.
+        of_one = 4 * spec.height_px * spec.width_px
+        most = min(service.limits.max_images * of_one, max(of_one, MAX_JSON_VALUES)) + SPARE_PARTS
         asked = parse_inference(body, request.headers.get(LENGTH_HEADER), most)
         if asked.timeout_us is not None:
             deadline = min(deadline, time.monotonic() + asked.timeout_us / 1e6)

@@ -229,6 +229,13 @@ def unexpected_reply(request: Request) -> JSONResponse:
     return _reply(request, 500, INTERNAL.code, INTERNAL.message)
 
 
+def error_content(path: str, code: str, message: str) -> dict[str, object]:
+    """Return what says an error to a client of `path`; V2 has one text for it."""
+    if f"{path}/".startswith("/v2/"):
+        return {"error": message}
+    return {"error": {"code": code, "message": message}}
+
+
 def _reply(
     request: Request,
     status: int,
@@ -236,8 +243,5 @@ def _reply(
     message: str,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Return an error in the shape of its protocol: that of V2 is one text."""
-    if f"{request.url.path}/".startswith("/v2/"):
-        return JSONResponse({"error": message}, status, headers)
-    body = ErrorBody(error=ErrorDetail(code=code, message=message))
-    return JSONResponse(body.model_dump(), status, headers)
+    """Return an error in the shape of its protocol."""
+    return JSONResponse(error_content(request.url.path, code, message), status, headers)

@@ -27,18 +27,19 @@ from fieldmark.errors import ConfigError, PackageError
 from fieldmark.packaging.load import choose_device
 from fieldmark.packaging.manifest import open_package
 from fieldmark.runtime import log
+from fieldmark.runtime.cpu import num_cores
 from fieldmark.runtime.memory import share_one_heap
 from fieldmark.serving.app import create_app
 from fieldmark.serving.connections import Connections
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.identity import marks
-from fieldmark.serving.intake import request_id
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor
 from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
 from fieldmark.serving.service import THREAD_NAMES, Service
 from fieldmark.serving.supervisor import Supervisor
+from fieldmark.serving.workers import Setting, parse_setting
 
 END_WITHIN_S = 30  # requests still running then are cut off
 _LAST_WORK_S = 5  # for what runs in threads and nobody waits for any more
@@ -51,7 +52,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     variant: str = "auto",
-    threads: int = 0,
+    threads: int | str = 0,
     device: str = "auto",
     check: bool = True,
     limits: Limits | None = None,
@@ -69,7 +70,8 @@ def serve(
     Args:
         port: 0 takes a free one.
         variant: auto takes what this machine prefers (see `preference`), else onnx.
-        threads: of the model; 0: those that the preferred variant was fastest with, or all cores.
+        threads: of the model, or as "2x1" calls at once and the threads of each; 0: those that the
+            preferred variant was fastest with, or all cores.
         device: auto, cpu or cuda; auto takes cuda where onnxruntime can start there.
         check: as in `open_predictor`.
         limits: what the service takes; None: as by default.
@@ -77,7 +79,8 @@ def serve(
         announce: called with {"url", "model", "variant", "device"} once the service is ready.
 
     Raises:
-        ConfigError: the address cannot be served on, or there is no such device or file of keys.
+        ConfigError: the address cannot be served on, there is no such device or file of keys, or
+            there are far more threads than cores.
         PackageError, CheckFailed: the package cannot be opened, or fails its golden samples.
     """
     # What Pillow says of a client's file is the client's, who is told, and would fill the log.
@@ -85,6 +88,7 @@ def serve(
     limits = limits or Limits()
     share_one_heap()
     choose_device(device)
+    setting = None if threads in (0, "0", "") else parse_setting(str(threads), num_cores())
     known = None if keys is None else Keys(keys)
     with listen(host, port) as listener:
         loaded: Future[Predictor] = Future()
@@ -94,8 +98,8 @@ def serve(
 
         def load() -> None:
             try:
-                predictor, why = _open(package_path, variant, threads, device, check)
-                warm_up(predictor, limits.max_batch_size, cost)
+                predictor, why = _open(package_path, variant, setting, device, check)
+                warm_up(predictor, limits.largest_batch, cost)
             except BaseException as error:  # noqa: BLE001  # raised again by the main thread
                 loaded.set_exception(error)
                 server.should_exit = True
@@ -166,20 +170,20 @@ def _at_once(call: Callable[[], object], count: int) -> None:
 
 
 def _open(
-    package_path: str | Path, variant: str, threads: int, device: str, check: bool
+    package_path: str | Path, variant: str, asked: Setting | None, device: str, check: bool
 ) -> tuple[Predictor, str]:
     """Return the predictor to serve with, and why it is that one."""
     if choose_device(device) == "cuda":
         name = DEFAULT_VARIANT if variant == "auto" else variant
         try:
-            # The threads of the CPU only feed it.
-            found = open_predictor(package_path, name, threads or 1, check, 1, "cuda", True)
+            threads = 1 if asked is None else asked.threads  # they only feed it
+            found = open_predictor(package_path, name, threads, check, 1, "cuda", True)
             return found, "the device asked for" if device == "cuda" else "it is there"
         except PackageError as error:
             if device == "cuda":
                 raise
             log.warn(f"serving on the cpu instead of cuda. {error}")
-    chosen = choose_served(open_package(package_path), variant, threads)
+    chosen = choose_served(open_package(package_path), variant, asked)
     setting = chosen.setting
     found = open_predictor(
         package_path, chosen.variant, setting.threads, check, setting.workers, "cpu", True
@@ -221,7 +225,7 @@ def listen(host: str, port: int) -> socket.socket:
         # not. Without it the second part of an answer waits 40 ms for a delayed acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # the latter of a label that is too long
         raise ConfigError(
             f"host must be an address of this machine. Got {host!r}. "
             "Use 127.0.0.1, or 0.0.0.0 to be reached from outside."
@@ -250,9 +254,8 @@ class _Server(uvicorn.Server):
         self._service = service
         self.supervisor = Supervisor()
         self._ends_at = math.inf  # time.monotonic()
-        connections = Connections(
-            service.limits, service.metrics.refused, lambda: marks(service, request_id({}))
-        )
+        connections = Connections(service.limits, service.metrics.refused, partial(marks, service))
+        service.end_slowest = connections.end_slowest_body
         service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
         config = uvicorn.Config(
             app,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.batcher import Batcher, Logits
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.heat import heat_png
-from fieldmark.serving.limits import HTTP_FORMATS, Limits
+from fieldmark.serving.limits import HTTP_FORMATS, SLOW_S, Limits
 from fieldmark.serving.metrics import Metrics
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
 
 _PUNCTUAL = 0.95  # of the admitted should be answered by when it was predicted
 _LEARN, _MAX_SLOWNESS = 0.03, 10.0
-THREAD_NAMES = ("image", "explain", "model")  # how those of a service begin
+_PASSES = 10  # of the event loop, in which a request that was ended lets go of its bytes
+THREAD_NAMES = ("image", "explain", "model", "unpack")  # how those of a service begin
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,11 @@ class Service:
         self._decoders = ThreadPoolExecutor(self._num_cores, thread_name_prefix="image")
         self._free_decoders = asyncio.Semaphore(self._num_cores)
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
+        self._unpacker = ThreadPoolExecutor(1, thread_name_prefix="unpack")
+        # Ends the request that has been arriving longest, if that is not just now: whether it did.
+        self.end_slowest: Callable[[], bool] = lambda: False
         self._batcher: Batcher | None = None
+        self._drawing_since: float | None = None  # time.monotonic()
         self._num_inside = 0
         self._bytes_inside = 0
         self._bytes_arriving = 0
@@ -90,7 +96,7 @@ class Service:
                 self.predictor.logits,
                 decode=self._decode,
                 workers=self.predictor.workers,
-                max_batch_size=self.limits.max_batch_size,
+                max_batch_size=self.limits.largest_batch,
                 max_wait_s=self.limits.max_wait_s,
                 report=self.metrics.batch,
                 cost=self._cost,
@@ -105,7 +111,7 @@ class Service:
 
     def close(self) -> None:
         """Give up what is still inside."""
-        for pool in (self._decoders, self._explainer):
+        for pool in (self._decoders, self._explainer, self._unpacker):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._batcher is not None:
             self._batcher.close()
@@ -137,22 +143,39 @@ class Service:
 
     def must_live(self) -> None:
         """Raise NotAlive where nothing will be answered any more."""
+        hung_after_s, problem = self.limits.hung_after_s, None
         if self._batcher is not None:
-            problem = self._batcher.problem(self.limits.hung_after_s)
-            if problem is not None:
-                raise NotAlive(f"{problem}. Restart the service.")
+            problem = self._batcher.problem(hung_after_s)
+        since = self._drawing_since
+        if since is not None and time.monotonic() - since > hung_after_s:
+            problem = f"an image has been explained for more than {hung_after_s:g} s"
+        if problem is not None:
+            raise NotAlive(f"{problem}. Restart the service.")
 
-    def arrive(self, num_bytes: int) -> None:
-        """Count bytes of a body that is being read; below 0, those of one that was.
+    async def arrive(self, num_bytes: int) -> None:
+        """Count bytes of a body that is being read, at the cost of slower ones if there are many.
 
         Raises:
-            Busy: too many are arriving at once.
+            Busy: too many are arriving at once, none of them for long.
         """
-        if num_bytes > 0 and self._bytes_arriving + num_bytes > self.limits.max_reading_bytes:
-            raise self.busy(
-                "too many bodies arrive at the same time. Retry later.", "arriving_full", 1.0
-            )
+        while self._bytes_arriving + num_bytes > self.limits.max_reading_bytes:
+            if not self.end_slowest():
+                raise self.busy(
+                    "too many bodies arrive at the same time. Retry later.",
+                    "arriving_full",
+                    SLOW_S,  # from then on the slowest makes room
+                )
+            for _ in range(_PASSES):
+                await asyncio.sleep(0)
         self._bytes_arriving += num_bytes
+
+    def has_arrived(self, num_bytes: int) -> None:
+        """Count bytes no more, which `arrive` had counted."""
+        self._bytes_arriving -= num_bytes
+
+    async def apart(self, call: Callable[[], T]) -> T:
+        """Return what a call returns that would hold up all others; one runs at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._unpacker, call)
 
     def predicted_s(self, num_images: int) -> float:
         """Return how long so many images on top of those inside would take; 0: not yet known."""
@@ -230,6 +253,8 @@ class Service:
         if not any(isinstance(one, ImageError | ModelError) for one in found):
             self._learn(work_s, time.monotonic() - started)
         for outcome in found:
+            if isinstance(outcome, Late):
+                self.metrics.refused("late")
             self.metrics.image(to_error(outcome)[0] if isinstance(outcome, Exception) else 200)
         return found
 
@@ -333,8 +358,12 @@ class Service:
         model = self.predictor.maps
         if model is None:
             raise NotReady("the model must give its features to be explained. It does not.")
-        _, features = model.run(pixels[None])
-        return heat_png(pixels, model.maps(features, [class_index])[0, 0])
+        self._drawing_since = time.monotonic()
+        try:
+            _, features = model.run(pixels[None])
+            return heat_png(pixels, model.maps(features, [class_index])[0, 0])
+        finally:
+            self._drawing_since = None
 
     def _note_model(self, loaded: Future[Predictor]) -> None:
         if not loaded.cancelled() and loaded.exception() is None:
@@ -348,7 +377,7 @@ class Service:
         gauge("ready", "1 where requests should be sent.", lambda: self.is_ready)
         gauge("images_inside", "Images waiting or in work.", lambda: self._num_inside)
         gauge("bytes_arriving", "Of bodies being read.", lambda: self._bytes_arriving)
-        gauge("batch_max_images", "Most in a batch.", lambda: self.limits.max_batch_size)
+        gauge("batch_max_images", "Most in a batch.", lambda: self.limits.largest_batch)
         waiting = of_batcher(lambda batcher: batcher.num_waiting)
         gauge("queue_images", "Images waiting for the model.", waiting)
         oldest = of_batcher(lambda batcher: batcher.oldest_s())

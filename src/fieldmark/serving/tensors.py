@@ -3,9 +3,7 @@
 import base64
 import binascii
 import json
-import re
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,14 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fieldmark.errors import BodyTooLarge
 from fieldmark.serving.replies import BadBody, shown
 
 LENGTH_HEADER = "inference-header-content-length"
 _KINDS = {"dict": "an object", "list": "a list", "str": "a string"}
-_WINDOW_BITS = {"gzip": 31, "deflate": 15}  # of zlib
 _MAX_SIDES = 8  # of a shape
-_REPLY_LEVEL = 1  # of zlib: floats hardly shrink further
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +40,6 @@ class Inference:
     timeout_us: int | None = None
 
 
-def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """Return a body as it was before Content-Encoding: gzip, deflate (zlib) or identity.
-
-    Raises:
-        BodyTooLarge: it has more than `max_bytes` then; no more than that is ever held.
-        BadBody: it is not compressed so, or in another way.
-    """
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in _WINDOW_BITS:
-        raise BadBody(f"Content-Encoding must be gzip or deflate. Got {shown(encoding)}.")
-    engine = zlib.decompressobj(_WINDOW_BITS[encoding])
-    try:
-        found = engine.decompress(body, max_bytes + 1)
-    except zlib.error:
-        raise BadBody(f"the body must be {encoding}, as its header says. It is not.") from None
-    if len(found) > max_bytes:
-        raise BodyTooLarge(f"body must have at most {max_bytes} bytes. Got more when inflated.")
-    if not engine.eof or engine.unused_data:
-        raise BadBody(f"the body must be one whole {encoding} stream. It is not.")
-    return found
-
-
-def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:
-    """Return a reply's body in an encoding that the client takes, and its name; None: as it is.
-
-    Args:
-        accepted: the header Accept-Encoding. gzip is preferred to deflate (zlib).
-    """
-    offers = [offer.replace(" ", "").partition(";") for offer in accepted.lower().split(",")]
-    names = {name for name, _, quality in offers if not re.fullmatch(r"q=0(\.0*)?", quality)}
-    for name, window_bits in _WINDOW_BITS.items():
-        if name in names:
-            engine = zlib.compressobj(_REPLY_LEVEL, wbits=window_bits)
-            return engine.compress(body) + engine.flush(), name
-    return body, None
-
-
 def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inference:
     """Return the request in a body.
 
@@ -96,17 +52,15 @@ def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inferenc
     Raises:
         BadBody: it does not follow the protocol.
     """
-    if length is not None and not (length.isdecimal() and int(length[:20]) <= len(body)):
-        raise BadBody(
-            f"{LENGTH_HEADER} must be a number of bytes of the body, which has {len(body)}. "
-            f"Got {shown(length)}."
-        )
-    if length is not None and int(length) == 0:
+    end = len(body) if length is None else _length(length, len(body))
+    if length is not None and end == 0:
         return Inference({"encoded": [body]}, None, is_binary=True)
-    end = len(body) if length is None else int(length)
     num_parts = sum(body.count(mark, 0, end) for mark in (b",", b"[", b"{"))
     if num_parts > max_parts:
-        raise BadBody(f"the JSON must have at most {max_parts} values. Got about {num_parts}.")
+        raise BadBody(
+            f"the JSON must have at most {max_parts} values. Got about {num_parts}. Send tensors "
+            "of so many as binary data."
+        )
     try:
         content = json.loads(body[:end])
     except (ValueError, RecursionError):
@@ -122,7 +76,7 @@ def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inferenc
         inputs[name] = _input(name, tensor, cursor)
     if cursor.num_left:
         raise BadBody(f"the body must end with its tensors. {cursor.num_left} bytes are left.")
-    is_binary = bool(parameters.get("binary_data_output", False))
+    is_binary = _flag(parameters, "binary_data_output", default=False)
     outputs = None
     if told.get("outputs"):
         outputs = [_asked(item, is_binary) for item in _typed(told["outputs"], list, "outputs")]
@@ -137,6 +91,17 @@ def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inferenc
         is_binary=is_binary,
         timeout_us=None if not timeout else _count(timeout, "timeout"),
     )
+
+
+def _length(text: str, num_bytes: int) -> int:
+    digits = text.lstrip("0") or "0"
+    # Python refuses to read thousands of digits.
+    if not text.isdecimal() or len(digits) > 15 or int(digits) > num_bytes:
+        raise BadBody(
+            f"{LENGTH_HEADER} must be a number of bytes of the body, which has {num_bytes}. "
+            f"Got {shown(text)}."
+        )
+    return int(digits)
 
 
 @dataclass(slots=True)
@@ -163,12 +128,12 @@ class _Cursor:
 def _input(
     name: str, tensor: Mapping[str, Any], cursor: _Cursor
 ) -> npt.NDArray[np.uint8] | list[bytes]:
-    kind = _typed(tensor.get("datatype"), str, f"datatype of {name}")
-    shape = _typed(tensor.get("shape"), list, f"shape of {name}")
+    kind = _typed(tensor.get("datatype"), str, f"datatype of {shown(name)}")
+    shape = _typed(tensor.get("shape"), list, f"shape of {shown(name)}")
     if len(shape) > _MAX_SIDES:
         raise BadBody(f"shape of {shown(name)} must have few sides. Got {len(shape)}.")
-    sides = [_count(side, f"shape of {name}") for side in shape]
-    size = _typed(tensor.get("parameters", {}), dict, f"parameters of {name}").get(
+    sides = [_count(side, f"shape of {shown(name)}") for side in shape]
+    size = _typed(tensor.get("parameters", {}), dict, f"parameters of {shown(name)}").get(
         "binary_data_size"
     )
     raw = None if size is None else cursor.take(_count(size, "binary_data_size"), name)
@@ -214,9 +179,11 @@ def _flat(data: Any) -> list[int]:
 def _texts(name: str, data: Any) -> list[bytes]:
     """Return the elements of BYTES in JSON: base64, since encoded images are no text."""
     found = []
-    for text in _typed(data, list, f"data of {name}"):
+    for text in _typed(data, list, f"data of {shown(name)}"):
         try:
-            found.append(base64.b64decode(_typed(text, str, f"data of {name}"), validate=True))
+            found.append(
+                base64.b64decode(_typed(text, str, f"data of {shown(name)}"), validate=True)
+            )
         except (binascii.Error, ValueError):
             raise BadBody(f"data of {shown(name)} must be base64. Got {shown(text)}.") from None
     return found
@@ -245,7 +212,7 @@ def _asked(item: Any, is_binary: bool) -> Asked:
     return Asked(
         _typed(told.get("name"), str, "name of an output"),
         classification=_count(parameters.get("classification", 0), "classification"),
-        is_binary=bool(parameters.get("binary_data", is_binary)),
+        is_binary=_flag(parameters, "binary_data", default=is_binary),
     )
 
 
@@ -253,6 +220,13 @@ def _typed(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
         wanted = _KINDS[kind.__name__]
         raise BadBody(f"{what[:80]} must be {wanted}. Got {shown(value)}.")
+    return value
+
+
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadBody(f"{name} must be true or false. Got {shown(value)}.")
     return value
 
 

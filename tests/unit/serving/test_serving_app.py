@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import gzip
 import json
 import math
 import random
@@ -274,7 +275,7 @@ def test_truncated_image(client, encode, format):
 
 
 def test_unknown_path_and_method(client):
-    assert_error(client.get("/"), 404, "not_found", "'/'")
+    assert_error(client.get("/v1"), 404, "not_found", "'/v1'")
     assert_error(client.get("/v1/classify/"), 404, "not_found")
     long_path = client.get("/" + "x" * 5000)
     assert_error(long_path, 404, "not_found")
@@ -842,3 +843,45 @@ def test_live_ends_when_the_model_hangs(make_predictor, encode):
     hung, after = asyncio.run(go())
     assert_error(hung, 503, "not_alive", "busy with one batch")
     assert after.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)]
+)
+def test_a_compressed_body_is_read_as_its_header_says(client, encode, encoding, pack):
+    headers = {"Content-Encoding": encoding}
+    reply = client.post(URL, content=pack(encode("red")), headers=headers)
+    assert reply.json()["predictions"][0]["class_name"] == "red"
+    reply = client.post(URL, content=encode("red"), headers=headers)
+    assert_error(reply, 400, "bad_body", f"must be {encoding}, as its header says")
+    reply = client.post(URL, content=encode("red"), headers={"Content-Encoding": "br"})
+    assert_error(reply, 400, "bad_body", "gzip or deflate. Got 'br'")
+    reply = client.post(URL, content=pack(bytes(10_000_001)), headers=headers)
+    assert reply.status_code == 413
+
+
+def test_a_picture_that_hangs_turns_live_off(make_predictor, monkeypatch):
+    app = create_app(make_predictor(), limits=Limits(hung_after_s=0.05))
+    service, entered, leave = app.state.service, threading.Event(), threading.Event()
+
+    class Hung:
+        def run(self, images):
+            entered.set()
+            assert leave.wait(10)
+            return images, images
+
+        def maps(self, features, classes):
+            return np.ones((1, 1, 2, 2), np.float32)
+
+    service._predictor = dataclasses.replace(service.predictor, maps=Hung())
+    thread = threading.Thread(
+        target=service._draw, args=(np.zeros((4, 4, 3), np.uint8), 0, math.inf)
+    )
+    thread.start()
+    assert entered.wait(10)
+    client = TestClient(app)
+    time.sleep(0.1)
+    assert_error(client.get("/livez"), 503, "not_alive", "explained for more than 0.05 s")
+    leave.set()
+    thread.join(10)
+    assert client.get("/livez").status_code == 200

@@ -225,3 +225,47 @@ def test_what_would_be_late_is_refused_with_the_time_to_wait(make_predictor, enc
         assert len(await waits) == 1
 
     asyncio.run(go())
+
+
+def test_what_is_late_once_its_neighbours_are_decoded_is_not_computed():
+    model = Model()
+
+    def slow(encoded, deadline):
+        time.sleep(0.15)
+        return image(len(encoded))
+
+    async def go():
+        batcher = Batcher(model, decode=slow, max_batch_size=4)
+        first = asyncio.create_task(batcher.logits(b"x", math.inf))
+        await asyncio.sleep(0.05)  # it is being decoded; the others will go together
+        soon = time.monotonic() + 0.2
+        rest = [asyncio.create_task(batcher.logits(b"xx", end)) for end in (soon, math.inf)]
+        return await asyncio.gather(first, *rest, return_exceptions=True)
+
+    first, late, last = asyncio.run(go())
+    assert (float(first[0]), float(last[0])) == (1, 2)
+    assert isinstance(late, Late)
+    assert model.sizes == [1, 1]
+
+
+def test_each_of_a_batch_that_fails_is_looked_at_before_it_runs_alone():
+    """The first alone takes so long that the second is late by then."""
+    sizes = []
+
+    def predict(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 1:
+            raise RuntimeError("poison")
+        time.sleep(0.3)
+        return pixels[:, 0, 0, :1].astype(np.float32)
+
+    async def go():
+        batcher = Batcher(predict, max_batch_size=4, max_wait_s=0.05)
+        ends = math.inf, time.monotonic() + 0.2
+        tasks = [asyncio.create_task(batcher.logits(image(1), end)) for end in ends]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, late = asyncio.run(go())
+    assert float(first[0]) == 1
+    assert isinstance(late, Late)
+    assert sizes == [2, 1]

@@ -1,5 +1,6 @@
 """connections.py: slow clients lose their connection, and fast ones never do."""
 
+import json
 import re
 import resource
 import socket
@@ -260,3 +261,49 @@ def test_an_address_with_its_full_number_makes_room_of_its_own(tiny_package):
 )
 def test_an_address_stands_for_one_client(address, network):
     assert network_of(address) == network
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/classify", "/v1/classify"),
+        ("/v2/models/colours/infer", "/v2/models/{name}/infer"),
+    ],
+)
+def test_a_slow_body_is_answered_counted_and_named_as_what_it_is(tiny_package, path, route):
+    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nX-Request-Id: mine-1\r\nContent-Length: 9\r\n"
+    with Served(tiny_package, body_timeout_s=0.3) as served:
+        url = served.url()
+        with connect(url) as client:
+            client.sendall(head.encode() + b"\r\nx")
+            answer = all_of(client)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"\r\nx-request-id: mine-1\r\n" in answer
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert isinstance(error, str) == path.startswith("/v2")
+        page = httpx.get(f"{url}/metrics").text
+        assert f'fieldmark_requests_total{{route="{route}",status="408"}} 1.0' in page
+        assert 'status="400"' not in page
+
+
+def test_bodies_that_stall_make_room_for_one_that_arrives(tiny_package, encode):
+    image = encode("red") + bytes(100_000)  # what follows an image is not looked at
+    slow = []
+    with Served(tiny_package, max_reading_bytes=1_000_000) as served:
+        url = served.url()
+        try:
+            for _ in range(2):
+                slow.append(connect(url))
+                slow[-1].sendall(POST % 500_000 + bytes(490_000))
+            time.sleep(0.2)
+            reply = httpx.post(f"{url}/v1/classify", content=image)
+            assert reply.status_code == 429  # they may be about to end
+            time.sleep(float(reply.headers["retry-after"]))
+            for _ in range(3):
+                assert httpx.post(f"{url}/v1/classify", content=image).status_code == 200
+            assert all_of(slow[0]).startswith(b"HTTP/1.1 408 ")
+            slow[1].sendall(bytes(10_000))
+            assert slow[1].recv(1000).startswith(b"HTTP/1.1 422 ")  # which was not in the way
+        finally:
+            for client in slow:
+                client.close()

@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import stat
 import time
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -109,6 +110,37 @@ def test_a_key_that_is_taken_away_or_added_needs_no_restart(path, now, capsys):
     assert keys.name_of({"x-api-key": added}) == "press"
 
 
+def unreadable(path):
+    raise ConfigError("keys must be a file that can be read.")
+
+
+def test_a_change_that_could_not_be_read_is_read_when_it_can_be(path, now, monkeypatch, capsys):
+    key = add_key(path, "shop")
+    service = Keys(path)
+    remove_key(path, "shop")
+    with monkeypatch.context() as during:
+        during.setattr(keys_module, "read_keys", unreadable)
+        for _ in range(3):
+            now[0] += 2
+            assert service.name_of({"x-api-key": key}) == "shop"
+    assert capsys.readouterr().err.count("known before are still taken") == 1
+    now[0] += 2
+    with pytest.raises(BadKey):
+        service.name_of({"x-api-key": key})
+
+
+def test_a_file_has_its_mode_and_owner_before_it_takes_the_place(path, monkeypatch):
+    add_key(path, "shop")
+    path.chmod(0o640)
+    seen = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda new, to: seen.append(new.stat().st_mode & 0o777) or replace(new, to)
+    )
+    add_key(path, "press")
+    assert seen == [0o640]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -163,11 +195,11 @@ def test_the_door_is_shut_for_every_path_but_those_of_health(path, make_predicto
     app = create_app(make_predictor(), keys=Keys(path))
     client = TestClient(app, raise_server_exceptions=False)
     schema = client.get("/openapi.json").json()
-    for template in [*schema["paths"], "/nothing", "/v2/health/live/", "//livez", "/livez/x"]:
+    for template in [*schema["paths"], "/", "/nothing", "/v2/health/live/", "/livez/x"]:
         where = template.replace("{name}", "model").replace("{version}", "f" * 12)
         method = "POST" if "post" in schema["paths"].get(template, {}) else "GET"
         reply = client.request(method, where)
-        is_open = template in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+        is_open = template in ("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
         assert (reply.status_code != 401) == is_open, template
         assert reply.headers["x-request-id"]
         if not is_open:

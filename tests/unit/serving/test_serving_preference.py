@@ -174,7 +174,7 @@ def test_what_is_asked_for_goes_first(folder, monkeypatch):
     assert choose_served(package, "onnx").variant == "onnx"
     assert choose_served(package, "onnx").setting == Setting(1, cores)
     assert choose_served(package, "twin").setting == Setting(2, 1)
-    threads = choose_served(package, threads=3)
+    threads = choose_served(package, setting=Setting(1, 3))
     assert (threads.variant, threads.setting) == ("twin", Setting(1, 3))
 
 

@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 
 from fieldmark.errors import BodyTooLarge
 from fieldmark.serving.app import create_app
+from fieldmark.serving.compression import inflate
 from fieldmark.serving.limits import Limits
-from fieldmark.serving.tensors import inflate
 
 INFER = "/v2/models/model/infer"
 LENGTH = "inference-header-content-length"
@@ -175,8 +175,39 @@ def test_what_is_small_as_text_and_large_as_objects_is_refused_at_once(client, a
 
 
 def test_a_length_of_many_digits_is_a_bad_request(client):
-    reply = client.post(INFER, content=b"{}", headers={LENGTH: "9" * 5000})
-    assert_error(reply, 400, "must be a number of bytes")
+    for length in ("9" * 5000, "0" * 20 + "9" * 10, "-1", "1e3"):
+        reply = client.post(INFER, content=b"{}", headers={LENGTH: length})
+        assert_error(reply, 400, "must be a number of bytes")
+    reply = client.post(INFER, content=b"no image", headers={LENGTH: "0" * 5000})
+    assert_error(reply, 422, "must be one of JPEG")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"datatype": 1, "shape": []},
+        {"datatype": "UINT8", "shape": 1},
+        {"datatype": "UINT8", "shape": ["a"]},
+        {"datatype": "UINT8", "shape": [1], "parameters": 1},
+        {"datatype": "BYTES", "shape": [1], "data": 1},
+        {"datatype": "BYTES", "shape": [1], "data": [1]},
+        {"datatype": "FP32", "shape": [1], "data": [1]},
+    ],
+)
+def test_names_that_are_no_text_are_shown_and_not_repeated(client, tensor):
+    body = json.dumps({"inputs": [{"name": "\ud800<b>", **tensor}]})
+    assert_error(client.post(INFER, content=body), 400, "must be")
+
+
+def test_what_the_protocol_does_not_know_is_refused(client):
+    asked = {"inputs": [PIXELS | {"data": [0] * 768}]}
+    reply = client.post(INFER, params={"top_k": 1}, json=asked)
+    assert_error(reply, 400, "no parameters in its URL. Got 'top_k=1'")
+    for more in (
+        {"parameters": {"binary_data_output": "false"}},
+        {"outputs": [{"name": "logits", "parameters": {"binary_data": "false"}}]},
+    ):
+        assert_error(client.post(INFER, json=asked | more), 400, "must be true or false")
 
 
 def test_inflating_never_holds_more_than_its_cap():

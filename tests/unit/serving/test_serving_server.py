@@ -25,6 +25,7 @@ from fieldmark.errors import CheckFailed, ConfigError, PackageError
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.server import _open, listen, serve, url_of, warm_up
 from fieldmark.serving.supervisor import Supervisor
+from fieldmark.serving.workers import Setting
 
 
 def test_serves_answers_like_alone_and_ends_on_sigterm(tiny_package, encode, make_predictor):
@@ -381,7 +382,7 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(tiny_package, monk
     with pytest.raises(PackageError, match="must run on cuda"):
         serve(tiny_package, port=0, device="cuda")
     assert capsys.readouterr().err == ""
-    predictor, _ = _open(tiny_package, "auto", 0, "auto", True)
+    predictor, _ = _open(tiny_package, "auto", None, "auto", True)
     assert predictor.device == "cpu"
     assert "serving on the cpu instead of cuda" in capsys.readouterr().err
 
@@ -398,6 +399,21 @@ def test_a_failed_check_ends_serving_with_its_error(write_tiny_package, capsys):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.parametrize(
+    ("threads", "message"),
+    [(300, "at most 4 for each of the"), ("2x300", "at most 4 for each"), ("two", "a number, or")],
+)
+def test_threads_that_cannot_be(tiny_package, threads, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(tiny_package, port=0, threads=threads)
+
+
+def test_calls_at_once_and_threads_are_as_asked(tiny_package):
+    predictor, why = _open(tiny_package, "auto", Setting(2, 1), "cpu", True)
+    assert predictor.workers == 2
+    assert why.startswith("2 requests at a time with 1 thread each")
+
+
 def test_port_in_use(tiny_package):
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
@@ -410,6 +426,8 @@ def test_port_in_use(tiny_package):
     [
         ("no such host", 0, "host must be an address"),
         ("192.0.2.1", 0, "not an address of this machine"),
+        ("a..b", 0, "host must be an address"),
+        ("a" * 64 + ".example", 0, "host must be an address"),
         ("127.0.0.1", -1, "from 0 to 65535"),
         ("127.0.0.1", 65536, "from 0 to 65535"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fieldmark.serving.keys import add_key
 from fieldmark.serving.predictor import open_predictor
 
 PYTHON = Path(__file__).parents[3] / ".clients" / "python" / "bin" / "python"
@@ -64,6 +65,51 @@ def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
         **dict.fromkeys(["model", "version", "metadata", "aio model"], "404"),
         **dict.fromkeys(["shape", "output"], "400"),
         "image": "422",
+        "large": "413",
         "timeout": "504",
     }
     assert answer["errors"]["image"][1].startswith("image must")
+
+
+KEYED = """
+import json, sys
+import numpy as np
+import tritonclient.http as sync
+from tritonclient.utils import InferenceServerException
+
+client = sync.InferenceServerClient(sys.argv[1])
+image = sync.InferInput("encoded", [1], "BYTES")
+image.set_data_from_numpy(np.array([open(sys.argv[3], "rb").read()], dtype=object))
+statuses = []
+for headers in (None, {"Authorization": "Bearer " + sys.argv[2]}, {"x-api-key": sys.argv[2]}):
+    try:
+        client.infer("colours", [image], headers=headers)
+        statuses.append("200")
+    except InferenceServerException as error:
+        statuses.append(error.status())
+print(json.dumps(statuses))
+"""
+
+
+@pytest.mark.slow
+def test_tritonclient_hears_of_keys_and_allowances(tiny_package, tmp_path, encode):
+    if not PYTHON.exists():
+        pytest.skip("tritonclient is not here. Run: make clients.")
+    key = add_key(tmp_path / "keys.json", "shop", images_per_minute=1)
+    (tmp_path / "image").write_bytes(encode("red"))
+    serve = [sys.executable, "-m", "fieldmark", "serve", str(tiny_package), "--port", "0", "--json"]
+    serve += ["--keys", str(tmp_path / "keys.json")]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"].removeprefix("http://")
+            told = subprocess.run(
+                [PYTHON, "-c", KEYED, url, key, tmp_path / "image"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+        finally:
+            process.terminate()
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout) == ["401", "200", "429"]

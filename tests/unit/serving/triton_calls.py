@@ -75,6 +75,8 @@ def synchronous():
     found["async"] = [item.get_result().as_numpy("logits").tolist() for item in waiting][-1]
     bad = sync.InferInput("encoded", [1], "BYTES")
     bad.set_data_from_numpy(np.array([b"no image"], dtype=object))
+    large = sync.InferInput("encoded", [1], "BYTES")
+    large.set_data_from_numpy(np.array([bytes(10_000_001)], dtype=object))
     wrong = sync.InferInput("images", [1, 3, 3, 3], "UINT8")
     wrong.set_data_from_numpy(np.zeros((1, 3, 3, 3), np.uint8))
     unknown = [sync.InferRequestedOutput("nothing")]
@@ -82,6 +84,7 @@ def synchronous():
         "model": error_of(lambda: client.infer("nobody", encoded(sync))),
         "version": error_of(lambda: client.infer(MODEL, encoded(sync), model_version="9")),
         "image": error_of(lambda: client.infer(MODEL, [bad])),
+        "large": error_of(lambda: client.infer(MODEL, [large])),
         "shape": error_of(lambda: client.infer(MODEL, [wrong])),
         "output": error_of(lambda: client.infer(MODEL, encoded(sync), outputs=unknown)),
         "metadata": error_of(lambda: client.get_model_metadata("nobody")),
