@@ -13,9 +13,11 @@ Appends a row to benchmarks/results/serve_same.json.
 import argparse
 import http.client
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,12 +85,14 @@ class Same:
             classified = ask_all(port, files, self.probabilities_of, clients=1)
         with self.service() as port:
             together = np.stack(ask_all(port, files, self.logits_of, clients=16))
+            images_a_batch = mean_batch(port)
         return {
             "logits_equal_evaluate": int((alone == evaluated).all(axis=1).sum()),
             "probabilities_equal_predict": sum(
                 a == b for a, b in zip(classified, predicted, strict=True)
             ),
             "in_batches": {
+                "mean_images": images_a_batch,
                 "logits_equal_evaluate": int((together == evaluated).all(axis=1).sum()),
                 "tolerance": TOLERANCE,
                 "within_tolerance": bool(np.abs(together - evaluated).max() <= TOLERANCE),
@@ -149,6 +153,16 @@ class Serving:
 
     def __exit__(self, *_: object) -> None:
         self.process.end()
+
+
+def mean_batch(port: int) -> float:
+    """Return how many images a batch of the service had so far, those of the warm-up apart."""
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    total, count = (
+        float(re.search(rf"(?m)^fieldmark_batch_images_{part} (\S+)$", page)[1])  # type: ignore[index]
+        for part in ("sum", "count")
+    )
+    return round(total / count, 2)
 
 
 def run(*arguments: str) -> str:
