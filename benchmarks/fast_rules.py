@@ -207,7 +207,7 @@ def restated(
     assert math.isfinite(loss.item())
 
 
-def sgd(network: nn.Module, lr: float, decay: float) -> tuple[torch.optim.SGD, list[float]]:
+def sgd(network: Any, lr: float, decay: float) -> tuple[torch.optim.SGD, list[float]]:
     """Return airbench's optimizer and the full rate of each of its groups, the stem's last."""
     kilostep = 1024 * (1 + 1 / (1 - 0.85))
     rate, shrink = lr / kilostep, decay * 1024 / kilostep
@@ -215,7 +215,7 @@ def sgd(network: nn.Module, lr: float, decay: float) -> tuple[torch.optim.SGD, l
     stem = [network.whiten.bias]
     apart = {id(p) for p in [*norms, *stem]}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in apart]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": norms, "lr": 64 * rate, "weight_decay": shrink / (64 * rate)},
         {"params": others, "lr": rate, "weight_decay": shrink / rate},
         {"params": stem, "lr": rate, "weight_decay": shrink / rate},
@@ -226,7 +226,7 @@ def sgd(network: nn.Module, lr: float, decay: float) -> tuple[torch.optim.SGD, l
 
 def set_rates(
     optimizer: torch.optim.SGD,
-    network: nn.Module,
+    network: Any,
     first: list[float],
     step: int,
     warmup: float,

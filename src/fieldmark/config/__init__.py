@@ -8,7 +8,7 @@ from fieldmark.config.learning import (
     ScheduleConfig,
     TrainConfig,
 )
-from fieldmark.config.load import load_toml, override
+from fieldmark.config.load import load_toml, override, without_idle
 from fieldmark.config.schema import EvalConfig, PackageConfig, RunConfig
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "TrainConfig",
     "load_toml",
     "override",
+    "without_idle",
 ]

@@ -69,7 +69,21 @@ def load_toml(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 def from_json(content: Mapping[str, Any]) -> RunConfig:
     """Return the configuration that a run stored."""
-    return _validated(dict(content))
+    whole = {
+        section: without_idle(_check_section(section), values) if section != "name" else values
+        for section, values in content.items()
+        if section in RunConfig.model_fields
+    }
+    return _validated({**content, **whole})
+
+
+def without_idle(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a section with what does nothing beside the others at its default.
+
+    Runs were stored before such values were refused.
+    """
+    defaults = {name: field.get_default() for name, field in kind.model_fields.items()}
+    return dict(values) | kind.idle(defaults | dict(values))
 
 
 def _merged(config: RunConfig, changes: Sequence[Change]) -> RunConfig:

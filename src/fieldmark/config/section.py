@@ -57,4 +57,4 @@ class Section(BaseModel):
 
 def _is_on(values: Mapping[str, Any], owner: str) -> bool:
     key, _, wanted = owner.partition("=")
-    return values[key] == wanted if wanted else bool(values[key])
+    return str(values[key]).lower() == wanted if wanted else bool(values[key])

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fieldmark.config.load import override
 from fieldmark.config.schema import RunConfig
+from fieldmark.config.section import Section
 from fieldmark.errors import ConfigError
 
 FORMS = "1e-4..1e-1, log:1e-4..1e-1, int:2..8, [64,128] or choice:[[8,16],[16,32]]"
@@ -75,7 +76,8 @@ def split_settings(config: RunConfig, texts: Iterable[str]) -> tuple[list[str], 
             spaces[key] = space
     base = override(config, fixed)
     for space in spaces.values():
-        _check(base, space)
+        for owners in _owners(base, space, spaces):
+            _check(base, space, owners)
     return fixed, list(spaces.values())
 
 
@@ -152,12 +154,30 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _check(base: RunConfig, space: Space) -> None:
+def _owners(base: RunConfig, space: Space, spaces: Mapping[str, Space]) -> list[list[str]]:
+    """Return the settings beside which a key's values must fit, one list after the other.
+
+    Those are the values, in this sweep, of a key without which it means nothing.
+    """
+    section, _, key = space.key.partition(".")
+    found_section = getattr(base, section, None)
+    needs = found_section.needs.get(key, ()) if isinstance(found_section, Section) else ()
+    names = [f"{section}.{owner.partition('=')[0]}" for owner in needs]
+    found = [
+        [f"{name}={to_text(value)}"]
+        for name in names
+        if name in spaces
+        for value in spaces[name].examples()
+    ]
+    return found or [[]]
+
+
+def _check(base: RunConfig, space: Space, owners: list[str]) -> None:
     """Refuse values that the key does not take before hours are spent on others."""
     for value in space.examples():
         setting = f"{space.key}={to_text(value)}"
         try:
-            override(base, [setting])
+            override(base, [*owners, setting])
         except ConfigError as error:
             whole = isinstance(value, float) and not value.is_integer()
             if whole and _takes(base, f"{space.key}={math.ceil(value)}"):

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import ValidationError
 
 from fieldmark.config import AugmentConfig
 from fieldmark.data.labelled import Split
 from fieldmark.data.ops import SMALL_PX
-from fieldmark.errors import ImageError
+from fieldmark.errors import ConfigError, ImageError
 from fieldmark.preprocess import Preprocess
 from fieldmark.runtime.seed import derive_seed
 
@@ -128,8 +129,15 @@ def resolve_augment(config: AugmentConfig, facts: Facts | None) -> tuple[Augment
             values = _without_files(values, facts)
     given = _given(config)
     _give_way(values, given)
-    merged = {"flip": "none"} | values | given
-    resolved = AugmentConfig.model_validate(merged | {"policy": "custom"})
+    merged = {"flip": "none"} | values | given | {"policy": "custom"}
+    for key, default in AugmentConfig.idle(AugmentConfig().model_dump() | merged).items():
+        if key not in given:  # it was of what gave way
+            merged[key] = default
+    try:
+        resolved = AugmentConfig.model_validate(merged)
+    except ValidationError as error:  # of what is known only now that the policy has chosen
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{message}, as augment.policy={config.policy} chose.") from error
     return resolved, f"augmentation: {describe(resolved)} ({_why(config, name, given, facts)})"
 
 

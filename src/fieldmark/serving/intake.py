@@ -93,6 +93,7 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         BodyTooLarge: it has too many bytes; before reading, if its declared size is too large.
         Busy: too many bodies are arriving.
         BadBody: it is not compressed as its header says.
+        Late: the deadline passed before it was inflated.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
@@ -102,7 +103,7 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
     body = bytearray()
     try:
         async for chunk in request.stream():
-            await service.arrive(len(chunk))
+            await service.arrive(len(chunk), lambda: "answered" in request.scope["state"])
             body += chunk
             if len(body) > max_bytes:
                 raise BodyTooLarge(
@@ -111,7 +112,8 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         encoding = request.headers.get("content-encoding", "")
         if not encoding:
             return bytes(body)
-        return await service.apart(partial(inflate, bytes(body), encoding, max_bytes))
+        unpack = partial(inflate, bytes(body), encoding, max_bytes)
+        return await service.apart(unpack, deadline_of(request, service.limits))
     finally:
         service.has_arrived(len(body))
 

@@ -134,14 +134,15 @@ def _write(path: Path, entries: tuple[KeyEntry, ...]) -> None:
 
 
 def _as_before(path: Path) -> Callable[[Path], None]:
-    """Return what gives a new file the owner and the mode of the one that it will replace.
+    """Return what gives a new file the owner, group and mode of the one that it will replace.
 
     Before it does: a service that looks in between must be able to read it.
     """
     before = path.stat() if path.exists() else None
 
     def prepare(new: Path) -> None:
-        if before is not None and before.st_uid != os.geteuid():
+        made = new.stat()
+        if before is not None and (before.st_uid, before.st_gid) != (made.st_uid, made.st_gid):
             os.chown(new, before.st_uid, before.st_gid)
         os.chmod(new, 0o600 if before is None else stat.S_IMODE(before.st_mode))
 

@@ -47,18 +47,20 @@ const make = (name, text = "", parent = null) => {
 };
 async function classify(file) {
   if (!file) return;
-  shown.replaceChildren();
-  const image = make("img", "", shown);
+  const mine = document.createElement("div");  // an answer that comes after the next choice is lost
+  shown.replaceChildren(mine);
+  const image = make("img", "", mine);
   image.alt = file.name;
   image.src = URL.createObjectURL(file);
-  const said = make("p", "...", shown), key = find("key").value.trim(), began = performance.now();
+  image.onload = image.onerror = () => URL.revokeObjectURL(image.src);
+  const said = make("p", "...", mine), key = find("key").value.trim(), began = performance.now();
   try {
     const headers = key ? { Authorization: "Bearer " + key } : {};
     const reply = await fetch("v1/classify", { method: "POST", body: file, headers });
     const body = await reply.json(), took = Math.round(performance.now() - began);
     if (!reply.ok) throw new Error(body.error.message);
     said.remove();
-    const table = make("table", "", shown);
+    const table = make("table", "", mine);
     for (const one of body.predictions) {
       const row = make("tr", "", table);
       make("td", one.description || one.class_name, row).title = one.class_name;
@@ -67,13 +69,16 @@ async function classify(file) {
       bar.style.width = 100 * one.probability + "%";
       make("td", (100 * one.probability).toFixed(1) + " %", row);
     }
-    make("small", took + " ms; model " + body.model.slice(0, 12), shown);
+    make("small", took + " ms; model " + body.model.slice(0, 12), mine);
   } catch (error) {
     said.textContent = error.message;
     said.className = "error";
   }
 }
-find("file").addEventListener("change", event => classify(event.target.files[0]));
+find("file").addEventListener("change", event => {
+  classify(event.target.files[0]);
+  event.target.value = "";  // so that the same file can be chosen again
+});
 for (const kind of ["dragover", "dragleave", "drop"]) drop.addEventListener(kind, event => {
   event.preventDefault();
   drop.classList.toggle("over", kind === "dragover");

@@ -175,6 +175,11 @@ def _open(
     """Return the predictor to serve with, and why it is that one."""
     if choose_device(device) == "cuda":
         name = DEFAULT_VARIANT if variant == "auto" else variant
+        if asked is not None and asked.workers > 1:
+            raise ConfigError(
+                f"threads must be a number on cuda, where one call runs at a time. Got {asked}. "
+                f"Write {asked.threads}."
+            )
         try:
             threads = 1 if asked is None else asked.threads  # they only feed it
             found = open_predictor(package_path, name, threads, check, 1, "cuda", True)

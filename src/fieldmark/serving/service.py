@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
+from starlette.requests import ClientDisconnect
 
 from fieldmark.errors import ImageError, ModelError
 from fieldmark.preprocess import Pixels
@@ -152,30 +153,53 @@ class Service:
         if problem is not None:
             raise NotAlive(f"{problem}. Restart the service.")
 
-    async def arrive(self, num_bytes: int) -> None:
+    async def arrive(self, num_bytes: int, is_over: Callable[[], bool]) -> None:
         """Count bytes of a body that is being read, at the cost of slower ones if there are many.
+
+        Args:
+            is_over: whether this very request has been ended, as the slowest of all.
 
         Raises:
             Busy: too many are arriving at once, none of them for long.
+            ClientDisconnect: it has been ended.
         """
-        while self._bytes_arriving + num_bytes > self.limits.max_reading_bytes:
-            if not self.end_slowest():
+        most = self.limits.max_reading_bytes - num_bytes
+        while self._bytes_arriving > most:
+            for _ in range(_PASSES):  # of one that has just been ended they are about to go
+                await asyncio.sleep(0)
+            if is_over():
+                raise ClientDisconnect
+            if self._bytes_arriving > most and not self.end_slowest():
                 raise self.busy(
                     "too many bodies arrive at the same time. Retry later.",
                     "arriving_full",
                     SLOW_S,  # from then on the slowest makes room
                 )
-            for _ in range(_PASSES):
-                await asyncio.sleep(0)
         self._bytes_arriving += num_bytes
 
     def has_arrived(self, num_bytes: int) -> None:
         """Count bytes no more, which `arrive` had counted."""
         self._bytes_arriving -= num_bytes
 
-    async def apart(self, call: Callable[[], T]) -> T:
-        """Return what a call returns that would hold up all others; one runs at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._unpacker, call)
+    async def apart(self, call: Callable[[], T], deadline: float) -> T:
+        """Return what a call returns that would hold up all others; one runs at a time.
+
+        Raises:
+            Late: the deadline passed before its end; if before its beginning, it is left out.
+        """
+        came = time.monotonic()
+
+        def unless_late() -> T:
+            if time.monotonic() > deadline:
+                raise Late.before_the_model(time.monotonic() - came)
+            return call()
+
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                run = asyncio.get_running_loop().run_in_executor
+                return await run(self._unpacker, unless_late)
+        except TimeoutError:
+            raise _too_late() from None
 
     def predicted_s(self, num_images: int) -> float:
         """Return how long so many images on top of those inside would take; 0: not yet known."""

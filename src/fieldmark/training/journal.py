@@ -1,7 +1,6 @@
 """What a run reports, in lines on disk, and what these say of how it is going."""
 
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Callable, Collection
 
 from fieldmark.runtime.log import warn
 from fieldmark.training.loop import Step
@@ -24,14 +23,15 @@ class Journal:
         bad_updates: int,
         spike_factor: float,
         fresh_starts: Collection[int],
+        forgiven_to: Callable[[], int],
     ) -> None:
         self._run, self._steps_per_epoch, self._lr = run, steps_per_epoch, lr
         self._is_scaled = is_scaled
-        self._new_watch = partial(
-            Watch,
+        self._new_watch = lambda: Watch(
             bad_updates=bad_updates,
             spike_factor=spike_factor,
             fresh_starts=fresh_starts,
+            forgiven_to=forgiven_to(),
         )
         self._watch = self._new_watch()
         self._pending: list[Step] = []

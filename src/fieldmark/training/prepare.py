@@ -9,7 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fieldmark.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from fieldmark.config import (
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    without_idle,
+)
 from fieldmark.data.loader import FileBatches
 from fieldmark.data.policy import facts_of, needs_facts, resolve_augment
 from fieldmark.data.resident import ResidentBatches, fits_resident, load_resident
@@ -138,7 +145,7 @@ def decide_augment(
     resolved, line = resolve_augment(augment, facts)
     say(line)
     decided = decide("augment", resolved.model_dump(mode="json"), line)
-    return AugmentConfig.model_validate(decided)
+    return AugmentConfig.model_validate(without_idle(AugmentConfig, decided))
 
 
 def pretrained_preprocess(

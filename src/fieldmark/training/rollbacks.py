@@ -26,6 +26,11 @@ class Rollbacks:
         """Whether there may be no other."""
         return len(self) >= self._most
 
+    @property
+    def last_to(self) -> int:
+        """The update that the run last went back to; 0: it has not, or to its beginning."""
+        return int(self._known[-1]["to"]) if self._known else 0
+
     def slowdown(self, step: int) -> float:
         """Return the product of the factors of all rollbacks to an update at or before `step`."""
         factor = 1.0

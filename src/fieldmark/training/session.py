@@ -119,6 +119,7 @@ class Session:
             bad_updates=train.bad_updates,
             spike_factor=train.spike_factor,
             fresh_starts=plan.size_changes,
+            forgiven_to=lambda: self._rollbacks.last_to,
         )
         # Until there is a checkpoint, going back means going back to this.
         self._beginning: dict[str, Any] | None = state.copied()
@@ -235,6 +236,7 @@ class Session:
         found_at = self.done
         self._load_newest(is_rollback=True)
         self._rollbacks.add(fault, found_at=found_at, to=self.done)
+        self._journal.rewind(self.done)  # once more, as it is now known where to
 
     def _give_up(self, fault: Fault) -> NoReturn:
         """Measure what may be wrong, in the bad state and in the last good one, and end the run."""

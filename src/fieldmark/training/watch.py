@@ -26,7 +26,7 @@ Line = dict[str, Any]
 class Fault:
     """Why a run cannot simply go on."""
 
-    step: int  # the first of the bad updates in a row
+    step: int  # the first of the bad updates in a row; of "often" the last of them
     kind: str  # "non-finite", "often", "spike", "rise" or "input"
     count: int
 
@@ -34,8 +34,8 @@ class Fault:
         """Return what happened, as part of a sentence."""
         if self.kind == "often":
             return (
-                f"loss or gradient is not finite in {self.count} of {HISTORY} updates, "
-                f"the last of them {self.step}"
+                f"loss or gradient is not finite in {self.count} of the last {HISTORY} updates up "
+                f"to {self.step}"
             )
         what = {
             "non-finite": "loss or gradient is not finite",
@@ -94,16 +94,23 @@ class Watch:
     """
 
     def __init__(
-        self, *, bad_updates: int, spike_factor: float, fresh_starts: Collection[int] = ()
+        self,
+        *,
+        bad_updates: int,
+        spike_factor: float,
+        fresh_starts: Collection[int] = (),
+        forgiven_to: int = 0,
     ) -> None:
         """Begin before the first line.
 
         Args:
             fresh_starts: updates from which on losses are of another kind, such as of larger
                 images, and are not compared with those before.
+            forgiven_to: the last update before a rollback's lower rate: what was not finite until
+                then does not count any more, unless it is in a row with what comes.
         """
         self._bad_updates, self._spike_factor = bad_updates, spike_factor
-        self._fresh_starts = fresh_starts
+        self._fresh_starts, self._forgiven_to = fresh_starts, forgiven_to
         self._first: list[float] = []
         self._sound: deque[float] = deque(maxlen=HISTORY)
         self._high: list[float] = []  # losses in a row above all sound ones
@@ -131,7 +138,7 @@ class Watch:
         if line["step"] in self._fresh_starts:
             self._sound.clear()
             self._high.clear()
-        self._is_bad.append(skipped == "non-finite")
+        self._is_bad.append(skipped == "non-finite" and line["step"] > self._forgiven_to)
         kind = skipped or ("spike" if self._is_above(line["loss"], self._spike_factor) else "")
         if not kind:
             self._count, self._kind = 0, ""

@@ -1,11 +1,13 @@
 """Recipe < file < section.key=value, and one sentence for each mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from fieldmark.config import RunConfig, load_toml, override
+from fieldmark.config.load import from_json
 from fieldmark.cookbook import RECIPES, find_recipe, load_recipe
 from fieldmark.errors import ConfigError, UnknownName
 
@@ -201,6 +203,17 @@ def test_what_is_switched_off_takes_its_keys_along() -> None:
     assert steps == 1
     chosen = load_recipe("cifar10-resnet18", ["augment.policy=strong", "augment.ops_magnitude=5"])
     assert chosen.augment.ops_magnitude == 5  # whether it means something is seen at the images
+
+
+def test_a_run_that_was_stored_before_such_keys_were_refused_still_opens() -> None:
+    stored = json.loads(find_recipe("imagenet-resnet50-tv2").model_dump_json())
+    stored["train"]["ema_decay"] = 0.0
+    stored["schedule"]["warmup_epochs"] = 0.0
+    found = from_json(stored)
+    assert (found.train.ema_steps, found.schedule.warmup_start_factor) == (1, 0.01)
+    assert load_recipe(
+        "cifar10-fast94", ["optim.name=Muon", "optim.filter_lr=0.1", "optim.filter_momentum=0.7"]
+    )
 
 
 def test_a_config_is_frozen_and_its_json_reloads_equal() -> None:

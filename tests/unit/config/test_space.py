@@ -134,3 +134,13 @@ def test_a_tried_value_is_short_inside_the_range_and_read_back_equal() -> None:
 def test_text_of_a_value_reads_back_equal(value: Any) -> None:
     setting = f"optim.args.x={to_text(value)}"
     assert override(find_recipe("digits"), [setting]).optim.args["x"] == value
+
+
+def test_a_key_and_the_one_that_it_needs_may_be_tried_together() -> None:
+    base = find_recipe("cifar10-resnet18")
+    both = ["optim.lookahead_steps=[3,5]", "optim.lookahead_decay=[0.9,0.8]"]
+    assert len(split_settings(base, both)[1]) == 2
+    assert len(split_settings(base, [both[1], "optim.lookahead_steps=5"])[1]) == 1
+    for off in ([both[1]], ["optim.lookahead_steps=[0,5]", both[1]]):
+        with pytest.raises(ConfigError, match="means nothing without optim.lookahead_steps"):
+            split_settings(base, off)

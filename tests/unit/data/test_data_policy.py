@@ -11,6 +11,7 @@ from fieldmark.data.labelled import Split
 from fieldmark.data.policy import Facts, describe, facts_of, needs_facts, resolve_augment
 from fieldmark.data.resident import file_augments
 from fieldmark.data.source import open_source
+from fieldmark.errors import ConfigError
 
 NAMES = ("none", "light", "standard", "strong", "medical", "auto")
 
@@ -243,3 +244,12 @@ def test_pretrained_weights_get_less_where_there_are_few_images() -> None:
     assert (resolved.ops, resolved.mixup_alpha, resolved.resized_crop) == ("none", 0.0, True)
     assert "policy auto: light" in line
     assert "policy auto: standard" in resolve_augment(AugmentConfig(policy="auto"), many)[1]
+
+
+def test_a_key_that_the_chosen_policy_has_no_use_for_is_one_sentence():
+    with pytest.raises(
+        ConfigError, match="ops_magnitude means nothing.*augment.policy=light chose"
+    ):
+        resolved("light", PHOTOS, ops_magnitude=5)
+    assert resolved("strong", FEW_PHOTOS, ops_magnitude=5).ops_magnitude == 5
+    assert resolved("strong", CIFAR, cutout_px=3).erase_mode == "pixel"  # what gave way is whole

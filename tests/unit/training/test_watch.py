@@ -49,9 +49,13 @@ def test_updates_that_go_wrong_often_are_a_fault_though_never_in_a_row() -> None
 
     [fault] = faults([*CALM, *every(3, 99)])
     assert fault == Fault(42 + 3 * 29, "often", MAX_OFTEN)
-    assert "not finite in 30 of 100 updates, the last of them 129" in fault.sentence()
+    assert "not finite in 30 of the last 100 updates up to 129" in fault.sentence()
     assert not faults([*CALM, *every(4, 400)])
     assert len(faults([*CALM, *every(2, 130)])) == 2  # and it is told again when it goes on
+    # Gone back to 120, what was before does not count: 29 more are no fault yet, and 30 are.
+    after = Watch(bad_updates=3, spike_factor=3.0, forgiven_to=120)
+    assert not faults([*CALM, *every(3, 80), *every(3, 80 + 89)[80:]], after)
+    assert faults(every(3, 80 + 92)[80 + 89 :], after)
     bad_images = [line(s, None, "input" if s % 2 else "") for s in range(41, 241)]
     assert not faults([*CALM, *[b if b.get("skipped") else line(b["step"]) for b in bad_images]])
 
