@@ -36,7 +36,7 @@ TRAIN_IMAGES, TEST_IMAGES = 2_000, 3_000
 # Images of 32 px enlarged, whole: cropping their middle would lose a fifth.
 SETTINGS = ["model.image_px=96", "eval.crop_frac=1", "package.golden=synthetic"]
 # What the recipe was when the arms were compared, so that a change of it does not move them.
-BEFORE = ["optim.layer_decay=1", "model.freeze=none"]
+BEFORE = ["optim.layer_decay=1", "model.freeze=none", "augment.policy=custom"]
 CROPS = ["augment.resized_crop=true", "augment.resized_crop_min_area_frac=0.35"]
 CROPS += ["augment.flip=random"]
 ARMS: dict[str, list[str]] = {
