@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fieldmark.config import override
 from fieldmark.cookbook import find_recipe
 from fieldmark.model import Architecture, build
 from fieldmark.training.cost import training_flops
@@ -15,6 +16,7 @@ from fieldmark.training.schedule import lr_factor, total_steps, warmup_steps
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import fast_rules
+import race
 
 # By part: rate, decay. Per update of 1,024 examples and a loss that is their sum.
 PUBLISHED = {
@@ -67,6 +69,12 @@ def test_the_cost_is_the_published_one(name: str) -> None:
     if kept < 1:
         flops += PROXY_SHARE * training_flops(proxy_network(10, 0), sizes, num_images=images)
     assert flops / 1e15 == pytest.approx(PFLOP[name], rel=0.05)
+
+
+def test_the_recipe_of_a_point_more_is_what_was_raced() -> None:
+    raced = override(find_recipe("cifar10-fast94"), race.ARMS["wide"])
+    recipe = find_recipe("cifar10-fast95-muon")
+    assert recipe.model_copy(update={"name": raced.name}) == raced
 
 
 @pytest.mark.slow
