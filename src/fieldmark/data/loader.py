@@ -5,7 +5,6 @@ nothing, nor does the division into ranks.
 Workers return uint8: a quarter of the bytes of float32 through the pipe, normalised on the device.
 """
 
-import contextlib
 import itertools
 import signal
 import time
@@ -323,12 +322,14 @@ def _read(reader: Iterator[_Batch], has_workers: bool) -> Iterator[_Batch]:
             yield next(reader)
         # A worker that is killed breaks the wait for it, or the pipe that its batch came through.
         except (RuntimeError, OSError, EOFError) as error:
+            # torch tells of the killed process a second time, from a signal handler, at the first
+            # call that the program makes then: let that be here.
+            try:  # noqa: SIM105  # a context would be made by a call
+                time.sleep(_SIGNAL_WAIT_S if has_workers else 0)
+            except RuntimeError:
+                pass
             if not has_workers or "in DataLoader worker process" in str(error):
                 raise
-            # torch tells of the killed process a second time, from a signal handler, wherever the
-            # program then is: let it be here.
-            with contextlib.suppress(RuntimeError):
-                time.sleep(_SIGNAL_WAIT_S)
             detail = str(error) or type(error).__name__
             raise DataError(
                 "processes that read images must keep running. Got one that was killed, as for "
