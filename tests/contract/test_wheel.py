@@ -32,6 +32,9 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+pytestmark = pytest.mark.slow  # a wheel is built and installed
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dist = tmp_path_factory.mktemp("dist")
