@@ -228,16 +228,18 @@ def test_what_would_be_late_is_refused_with_the_time_to_wait(make_predictor, enc
 
 
 def test_what_is_late_once_its_neighbours_are_decoded_is_not_computed():
-    model = Model()
+    model, begun = Model(), threading.Event()
 
     def slow(encoded, deadline):
+        begun.set()
         time.sleep(0.15)
         return image(len(encoded))
 
     async def go():
         batcher = Batcher(model, decode=slow, max_batch_size=4)
         first = asyncio.create_task(batcher.logits(b"x", math.inf))
-        await asyncio.sleep(0.05)  # it is being decoded; the others will go together
+        while not begun.is_set():  # it is being decoded; the others will go together
+            await asyncio.sleep(0.001)
         soon = time.monotonic() + 0.2
         rest = [asyncio.create_task(batcher.logits(b"xx", end)) for end in (soon, math.inf)]
         return await asyncio.gather(first, *rest, return_exceptions=True)
@@ -256,12 +258,12 @@ def test_each_of_a_batch_that_fails_is_looked_at_before_it_runs_alone():
         sizes.append(len(pixels))
         if len(pixels) > 1:
             raise RuntimeError("poison")
-        time.sleep(0.3)
+        time.sleep(1.2)
         return pixels[:, 0, 0, :1].astype(np.float32)
 
     async def go():
         batcher = Batcher(predict, max_batch_size=4, max_wait_s=0.05)
-        ends = math.inf, time.monotonic() + 0.2
+        ends = math.inf, time.monotonic() + 1
         tasks = [asyncio.create_task(batcher.logits(image(1), end)) for end in ends]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
