@@ -103,7 +103,7 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
     body = bytearray()
     try:
         async for chunk in request.stream():
-            await service.arrive(len(chunk), lambda: "answered" in request.scope["state"])
+            await service.arrivals.add(len(chunk), lambda: "answered" in request.scope["state"])
             body += chunk
             if len(body) > max_bytes:
                 raise BodyTooLarge(
@@ -115,7 +115,7 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         unpack = partial(inflate, bytes(body), encoding, max_bytes)
         return await service.apart(unpack, deadline_of(request, service.limits))
     finally:
-        service.has_arrived(len(body))
+        service.arrivals.remove(len(body))
 
 
 def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:

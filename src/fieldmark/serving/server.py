@@ -260,7 +260,7 @@ class _Server(uvicorn.Server):
         self.supervisor = Supervisor()
         self._ends_at = math.inf  # time.monotonic()
         connections = Connections(service.limits, service.metrics.refused, partial(marks, service))
-        service.end_slowest = connections.end_slowest_body
+        service.arrivals.end_slowest = connections.end_slowest_body
         service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
         config = uvicorn.Config(
             app,

@@ -11,22 +11,21 @@ from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
-from starlette.requests import ClientDisconnect
 
 from fieldmark.errors import ImageError, ModelError
 from fieldmark.preprocess import Pixels
 from fieldmark.runtime.cpu import num_cores
+from fieldmark.serving.arrivals import Arrivals
 from fieldmark.serving.batcher import Batcher, Logits
 from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.heat import heat_png
-from fieldmark.serving.limits import HTTP_FORMATS, SLOW_S, Limits
+from fieldmark.serving.limits import HTTP_FORMATS, Limits
 from fieldmark.serving.metrics import Metrics
 from fieldmark.serving.predictor import Predictor
 from fieldmark.serving.replies import Busy, Late, NotAlive, NotReady, to_error
 
 _PUNCTUAL = 0.95  # of the admitted should be answered by when it was predicted
 _LEARN, _MAX_SLOWNESS = 0.03, 10.0
-_PASSES = 10  # of the event loop, in which a request that was ended lets go of its bytes
 THREAD_NAMES = ("image", "explain", "model", "unpack")  # how those of a service begin
 T = TypeVar("T")
 
@@ -63,13 +62,11 @@ class Service:
         self._free_decoders = asyncio.Semaphore(self._num_cores)
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._unpacker = ThreadPoolExecutor(1, thread_name_prefix="unpack")
-        # Ends the request that has been arriving longest, if that is not just now: whether it did.
-        self.end_slowest: Callable[[], bool] = lambda: False
+        self.arrivals = Arrivals(limits.max_reading_bytes, self.busy)
         self._batcher: Batcher | None = None
         self._drawing_since: float | None = None  # time.monotonic()
         self._num_inside = 0
         self._bytes_inside = 0
-        self._bytes_arriving = 0
         self._decode_s = 0.0  # of an image, a moving average
         self._slowness = 1.0  # what nearly all work took at most, over what it should have
         self._add_gauges()
@@ -152,34 +149,6 @@ class Service:
             problem = f"an image has been explained for more than {hung_after_s:g} s"
         if problem is not None:
             raise NotAlive(f"{problem}. Restart the service.")
-
-    async def arrive(self, num_bytes: int, is_over: Callable[[], bool]) -> None:
-        """Count bytes of a body that is being read, at the cost of slower ones if there are many.
-
-        Args:
-            is_over: whether this very request has been ended, as the slowest of all.
-
-        Raises:
-            Busy: too many are arriving at once, none of them for long.
-            ClientDisconnect: it has been ended.
-        """
-        most = self.limits.max_reading_bytes - num_bytes
-        while self._bytes_arriving > most:
-            for _ in range(_PASSES):  # of one that has just been ended they are about to go
-                await asyncio.sleep(0)
-            if is_over():
-                raise ClientDisconnect
-            if self._bytes_arriving > most and not self.end_slowest():
-                raise self.busy(
-                    "too many bodies arrive at the same time. Retry later.",
-                    "arriving_full",
-                    SLOW_S,  # from then on the slowest makes room
-                )
-        self._bytes_arriving += num_bytes
-
-    def has_arrived(self, num_bytes: int) -> None:
-        """Count bytes no more, which `arrive` had counted."""
-        self._bytes_arriving -= num_bytes
 
     async def apart(self, call: Callable[[], T], deadline: float) -> T:
         """Return what a call returns that would hold up all others; one runs at a time.
@@ -400,7 +369,7 @@ class Service:
         gauge = self.metrics.gauge
         gauge("ready", "1 where requests should be sent.", lambda: self.is_ready)
         gauge("images_inside", "Images waiting or in work.", lambda: self._num_inside)
-        gauge("bytes_arriving", "Of bodies being read.", lambda: self._bytes_arriving)
+        gauge("bytes_arriving", "Of bodies being read.", lambda: self.arrivals.num_bytes)
         gauge("batch_max_images", "Most in a batch.", lambda: self.limits.largest_batch)
         waiting = of_batcher(lambda batcher: batcher.num_waiting)
         gauge("queue_images", "Images waiting for the model.", waiting)

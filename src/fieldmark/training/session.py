@@ -30,8 +30,9 @@ from fieldmark.training.checkpoint import (
     save_checkpoint,
 )
 from fieldmark.training.diagnosis import diagnose, layer_signal
+from fieldmark.training.forecast import Forecast
 from fieldmark.training.journal import Journal
-from fieldmark.training.loop import Step, UpdateRule, train_steps
+from fieldmark.training.loop import UpdateRule, train_steps
 from fieldmark.training.plan import Plan
 from fieldmark.training.rollbacks import Rollbacks
 from fieldmark.training.run_folder import RunFolder
@@ -39,7 +40,6 @@ from fieldmark.training.signals import StopRequest, stop_error, stop_requests
 from fieldmark.training.state import TrainState
 from fieldmark.training.watch import Fault
 
-FORECAST_STEPS = 5  # after the first one; then the time to the end is told
 DIAGNOSED_LINES = 140  # of the last updates: what was usual, and what went wrong
 
 Batch = tuple[Tensor, Tensor]
@@ -192,17 +192,14 @@ class Session:
         """Train from update `start` on; return whether the run stopped early."""
         stopped_early = self._should_stop_early(start)
         last = start if stopped_early else self.plan.total
-        began = 0.0
+        forecast = Forecast(self.plan, start)
         with closing_if_it_can(self.data.batches(start)) as batches:
             for step in train_steps(self.rule, batches, start_step=start, total_steps=last):
                 self.done = step.index
                 self.state.after_update(step.index, step.is_finite)
                 _check(self._journal.add(step))
                 bar.advance(self.train.examples_per_update, self._journal.note)
-                if step.index == start + 1:  # which began with reading, and is slower
-                    began = _time_of_end(step)
-                elif step.index == start + 1 + FORECAST_STEPS:
-                    self._forecast(_time_of_end(step) - began)
+                forecast.see(step)
                 improved = self._validate_if_due(step.index)
                 stopped_early = self._should_stop_early(step.index)
                 is_last = stopped_early or step.index == last
@@ -218,16 +215,6 @@ class Session:
                     break
             _check(self._journal.flush())
         return stopped_early
-
-    def _forecast(self, seconds: float) -> None:
-        """Tell how long the rest will take, as the first updates suggest."""
-        done, total = self.plan.work(self.done), self.plan.work(self.plan.total)
-        left_s = seconds * (total - done) / (done - self.plan.work(self.done - FORECAST_STEPS))
-        at = time.strftime("%H:%M", time.localtime(time.time() + left_s))
-        say(
-            f"about {duration(left_s)} to the last of {self.plan.total} updates, at {at}, "
-            "as the first ones suggest"
-        )
 
     def _roll_back(self, fault: Fault) -> None:
         """Go back to the last good state with a lower rate, or give up with a diagnosis."""
@@ -380,12 +367,6 @@ class Session:
             f"stopped after update {self.done} of {self.plan.total}; {saved}. "
             f"Resume with: fieldmark train --resume --out {self.run.path}"
         )
-
-
-def _time_of_end(step: Step) -> float:
-    """Return when an update ends, on time.monotonic(); it is waited for on its device."""
-    float(step.loss)
-    return time.monotonic()
 
 
 def _check(fault: Fault | None) -> None:
