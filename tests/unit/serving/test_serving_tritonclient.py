@@ -16,6 +16,18 @@ PYTHON = Path(__file__).parents[3] / ".clients" / "python" / "bin" / "python"
 CALLS = Path(__file__).with_name("triton_calls.py")
 
 
+def asked(package, options, arguments):
+    """Serve in a process; return what the clients' Python has done with `arguments(HOST:PORT)`."""
+    serve = [sys.executable, "-m", "fieldmark", "serve", package, "--port", "0", "--json", *options]
+    with subprocess.Popen(list(map(str, serve)), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            at = json.loads(process.stdout.readline())["url"].removeprefix("http://")
+            command = [PYTHON, *arguments(at)]
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        finally:
+            process.terminate()
+
+
 @pytest.mark.slow
 def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
     if not PYTHON.exists():
@@ -26,19 +38,7 @@ def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
     files = [tmp_path / f"{k}.image" for k in range(3)]
     for file, image in zip(files, images, strict=True):
         file.write_bytes(image)
-    serve = [sys.executable, "-m", "fieldmark", "serve", str(tiny_package), "--port", "0", "--json"]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = json.loads(process.stdout.readline())["url"]
-            told = subprocess.run(
-                [PYTHON, CALLS, url.removeprefix("http://"), "colours", *files],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
-            )
-        finally:
-            process.terminate()
+    told = asked(tiny_package, [], lambda at: [CALLS, at, "colours", *files])
     assert told.returncode == 0, told.stderr
     answer = json.loads(told.stdout)
     predictor = open_predictor(tiny_package)
@@ -97,19 +97,10 @@ def test_tritonclient_hears_of_keys_and_allowances(tiny_package, tmp_path, encod
         pytest.skip("tritonclient is not here. Run: make clients.")
     key = add_key(tmp_path / "keys.json", "shop", images_per_minute=1)
     (tmp_path / "image").write_bytes(encode("red"))
-    serve = [sys.executable, "-m", "fieldmark", "serve", str(tiny_package), "--port", "0", "--json"]
-    serve += ["--keys", str(tmp_path / "keys.json")]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = json.loads(process.stdout.readline())["url"].removeprefix("http://")
-            told = subprocess.run(
-                [PYTHON, "-c", KEYED, url, key, tmp_path / "image"],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
-            )
-        finally:
-            process.terminate()
+    told = asked(
+        tiny_package,
+        ["--keys", tmp_path / "keys.json"],
+        lambda at: ["-c", KEYED, at, key, tmp_path / "image"],
+    )
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout) == ["401", "200", "429"]
