@@ -114,10 +114,18 @@ class Preprocess(BaseModel):
         Raises:
             ImageTooLarge: the image is so narrow that resizing its short side makes a giant.
         """
-        image = self._resize(image)
-        width, height = image.size
+        width, height = self._size_before_crop(image)
         left = round((width - self.width_px) / 2)
         top = round((height - self.height_px) / 2)
+        resampling = _FILTERS[self.interpolation]
+        if left > 0 and image.width > image.height:
+            # Pillow resizes the width of such an image first and then its height, for which what
+            # is cropped away from the sides need not be there: the pixels are the same.
+            image = image.resize((width, image.height), resampling)
+            image = image.crop((left, 0, left + self.width_px, image.height))
+            left, width = 0, self.width_px
+        if image.size != (width, height):
+            image = image.resize((width, height), resampling)
         if left or top or image.size != (self.width_px, self.height_px):
             image = image.crop((left, top, left + self.width_px, top + self.height_px))
         return np.array(image, dtype=np.uint8)
@@ -139,7 +147,7 @@ class Preprocess(BaseModel):
         side = 2 * max(width, height)
         return side, side
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+    def _size_before_crop(self, image: Image.Image) -> tuple[int, int]:
         target_width, target_height = self._target()
         width, height = image.size
         if target_width == target_height:
@@ -161,9 +169,7 @@ class Preprocess(BaseModel):
                 f"model. Got {width} x {height}, which becomes {size[0]} x {size[1]}. "
                 "Crop it and retry."
             )
-        if size == image.size:
-            return image
-        return image.resize(size, _FILTERS[self.interpolation])
+        return size
 
 
 def decode(

@@ -95,7 +95,7 @@ def test_rounds_halves_of_a_rectangle_as_timm_does():
     # 17 * (61 / 34) is 30.5, and rounds to 30; 17 / (34 / 61) is a hair more, and rounds to 31.
     preprocess = spec(20, 61)
     image = noise(34, 17)
-    assert preprocess._resize(image).size == (61, 31)
+    assert preprocess._size_before_crop(image) == (61, 31)
     assert np.array_equal(preprocess.to_pixels(image), timm_pixels(image, preprocess))
 
 
