@@ -39,12 +39,16 @@ SETTINGS = ["model.image_px=96", "eval.crop_frac=1", "package.golden=synthetic"]
 BEFORE = ["optim.layer_decay=1", "model.freeze=none", "augment.policy=custom"]
 CROPS = ["augment.resized_crop=true", "augment.resized_crop_min_area_frac=0.35"]
 CROPS += ["augment.flip=random"]
+STATISTICS, FAST = ["model.freeze=statistics"], ["optim.lr=1e-3"]
 ARMS: dict[str, list[str]] = {
     "before": [*BEFORE, *CROPS],
     "layer-decay-0.9": [*BEFORE, *CROPS, "optim.layer_decay=0.9"],
     "layer-decay-0.75": [*BEFORE, *CROPS, "optim.layer_decay=0.75"],
-    "statistics": [*BEFORE, *CROPS, "model.freeze=statistics"],
+    "statistics": [*BEFORE, *CROPS, *STATISTICS],
     "policy-auto": [*BEFORE, "augment.policy=auto"],
+    "statistics-fast": [*BEFORE, *CROPS, *STATISTICS, *FAST],
+    "statistics-fast-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, *FAST, "optim.layer_decay=0.9"],
+    "statistics-fast-auto": [*BEFORE, *STATISTICS, *FAST, "augment.policy=auto"],
     "recipe": [],
 }
 
