@@ -23,7 +23,7 @@ from fieldmark.runtime.cpu import cpu_name, instruction_set, num_cores
 from fieldmark.runtime.files import sha256_bytes, write_json
 from fieldmark.runtime.log import warn
 from fieldmark.serving.speed import Candidate, Timing
-from fieldmark.serving.workers import Setting
+from fieldmark.serving.workers import Setting, default_setting
 
 DEFAULT_VARIANT = "onnx"
 
@@ -135,7 +135,8 @@ def choose_served(
 
     Args:
         variant: auto, or the name of a variant, which is not looked up.
-        setting: None: what was measured to suit the variant, or all cores in one call.
+        setting: None: what was measured to suit the variant, else `default_setting`; of OpenVINO,
+            where each call has a copy of the model, one call on all cores.
     """
     found = preferred(package)
     choice = None if found is None else found.choice
@@ -147,7 +148,10 @@ def choose_served(
     if setting is not None:
         return Served(name, setting, why)
     if choice is None or choice.variant != name:
-        return Served(name, Setting(1, num_cores()), why)
+        entry = package.manifest.variants.get(name)
+        is_copied = entry is not None and entry.kind == "openvino"
+        cores = num_cores()
+        return Served(name, Setting(1, cores) if is_copied else default_setting(cores), why)
     return Served(name, Setting(choice.workers, choice.threads), why)
 
 

@@ -71,7 +71,7 @@ def serve(
         port: 0 takes a free one.
         variant: auto takes what this machine prefers (see `preference`), else onnx.
         threads: of the model, or as "2x1" calls at once and the threads of each; 0: those that the
-            preferred variant was fastest with, or all cores.
+            preferred variant was fastest with, else all cores, as `default_setting` has it.
         device: auto, cpu or cuda; auto takes cuda where onnxruntime can start there.
         check: as in `open_predictor`.
         limits: what the service takes; None: as by default.

@@ -12,6 +12,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.measure import Predict
 
 MAX_PER_CORE = 4  # threads; more only wait for each other
+_CALLS, _FEW_CORES = 4, 8  # each call takes memory of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,19 @@ def parse_setting(text: str, cores: int) -> Setting:
 
 
 def default_settings(cores: int) -> list[Setting]:
-    """Return one thread, all cores in one call, and as many calls as cores."""
-    listed = [Setting(1, 1), Setting(1, cores), Setting(cores, 1)]
+    """Return one thread, all cores in one call, as many calls as cores, and `default_setting`."""
+    listed = [Setting(1, 1), Setting(1, cores), Setting(cores, 1), default_setting(cores)]
     return list(dict.fromkeys(listed))
+
+
+def default_setting(cores: int) -> Setting:
+    """Return what a service that was not measured begins with: a call a core, if they are few.
+
+    A call that shares its work among many threads waits for the last of them again and again.
+    """
+    if cores <= _FEW_CORES:
+        return Setting(cores, 1)
+    return Setting(_CALLS, cores // _CALLS)
 
 
 def open_workers(open_one: Callable[[int], Predict], setting: Setting, *, shared: bool) -> Predict:

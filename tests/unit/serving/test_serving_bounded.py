@@ -100,7 +100,8 @@ def test_who_asks_for_another_protocol_is_answered_in_this_one(address, encode, 
     posted = HEAD + upgrade + b"Content-Length: %d\r\n\r\n" % len(image) + image
     asked = b"GET /livez HTTP/1.1\r\nHost: here\r\n" + upgrade + b"\r\n"
     answer = talk(address, posted + posted[:300], posted[300:] + asked, b"\x00\x01 its frames")
-    assert statuses(answer) == [b"200", b"200", b"200"]
+    # What follows is no HTTP: refused if all was answered by then, else the end of the connection.
+    assert statuses(answer) in ([b"200"] * 3, [b"200"] * 3 + [b"400"])
     assert answer.count(b'"predictions":[{"class_name":"red"') == 2
 
 

@@ -25,7 +25,7 @@ from fieldmark.serving.preference import (
     record_path,
 )
 from fieldmark.serving.speed import Candidate, Combo, Timing
-from fieldmark.serving.workers import Setting
+from fieldmark.serving.workers import Setting, default_setting
 
 
 def timing(name, rate, *, ms=5.0, batch=1, workers=1, threads=2, noise=0.001, rounds=9):
@@ -168,11 +168,11 @@ def test_what_is_asked_for_goes_first(folder, monkeypatch):
     package = open_package(folder)
     cores = preference.num_cores()
     before = choose_served(package)
-    assert (before.variant, before.setting) == ("onnx", Setting(1, cores))
+    assert (before.variant, before.setting) == ("onnx", default_setting(cores))
     assert before.why == f"not measured here: fieldmark bench {folder}"
     measure(folder, monkeypatch, {"onnx": 100, "twin": 150})
     assert choose_served(package, "onnx").variant == "onnx"
-    assert choose_served(package, "onnx").setting == Setting(1, cores)
+    assert choose_served(package, "onnx").setting == default_setting(cores)
     assert choose_served(package, "twin").setting == Setting(2, 1)
     threads = choose_served(package, setting=Setting(1, 3))
     assert (threads.variant, threads.setting) == ("twin", Setting(1, 3))
@@ -346,3 +346,11 @@ def test_a_service_takes_the_preferred_variant_and_says_so(folder, monkeypatch):
         assert process.wait(20) == 0
     setting = "2 requests at a time with 1 thread each"
     assert f"with variant twin on cpu ({setting}: preferred on" in line
+
+
+def test_a_variant_of_which_each_call_has_a_copy_begins_with_one_call(folder):
+    package = open_package(folder)
+    package.manifest.variants["twin"] = package.manifest.variants["twin"].model_copy(
+        update={"kind": "openvino"}
+    )
+    assert choose_served(package, "twin").setting == Setting(1, preference.num_cores())

@@ -12,7 +12,13 @@ from fieldmark.packaging.load import open_onnx
 from fieldmark.packaging.manifest import open_package
 from fieldmark.serving.bench import Asked, bench, make_plan
 from fieldmark.serving.speed import Plan, candidate, example_pixels, time_variants
-from fieldmark.serving.workers import Setting, default_settings, open_workers, parse_setting
+from fieldmark.serving.workers import (
+    Setting,
+    default_setting,
+    default_settings,
+    open_workers,
+    parse_setting,
+)
 
 
 def asked(**changes):
@@ -38,6 +44,9 @@ def test_settings():
     assert parse_setting("4x1", 4) == Setting(4, 1)
     assert [str(one) for one in default_settings(4)] == ["1x1", "1x4", "4x1"]
     assert default_settings(1) == [Setting(1, 1)]
+    assert [str(one) for one in default_settings(32)] == ["1x1", "1x32", "32x1", "4x8"]
+    found = {n: str(default_setting(n)) for n in (1, 2, 8, 9, 64)}
+    assert found == {1: "1x1", 2: "2x1", 8: "8x1", 9: "4x2", 64: "4x16"}
     assert Setting(2, 1).words() == "2 requests at a time with 1 thread each"
     for text in ("0", "x2", "2x0", "-1", "two", "2 x 1", "1.5"):
         with pytest.raises(ConfigError, match="threads must be a number, or calls x threads"):
