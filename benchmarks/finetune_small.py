@@ -48,7 +48,8 @@ ARMS: dict[str, list[str]] = {
     "policy-auto": [*BEFORE, "augment.policy=auto"],
     "statistics-fast": [*BEFORE, *CROPS, *STATISTICS, *FAST],
     "statistics-fast-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, *FAST, "optim.layer_decay=0.9"],
-    "statistics-fast-auto": [*BEFORE, *STATISTICS, *FAST, "augment.policy=auto"],
+    "statistics-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, "optim.layer_decay=0.9"],
+    "statistics-auto": [*BEFORE, *STATISTICS, "augment.policy=auto"],
     "recipe": [],
 }
 
