@@ -49,6 +49,7 @@ ARMS: dict[str, list[str]] = {
     "statistics-fast": [*BEFORE, *CROPS, *STATISTICS, *FAST],
     "statistics-fast-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, *FAST, "optim.layer_decay=0.9"],
     "statistics-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, "optim.layer_decay=0.9"],
+    "statistics-slow": [*BEFORE, *CROPS, *STATISTICS, "optim.lr=1.5e-4"],
     "statistics-auto": [*BEFORE, *STATISTICS, "augment.policy=auto"],
     "recipe": [],
 }
