@@ -111,7 +111,8 @@ class ModelConfig(Section):
     pretrained: str = (
         ""  # a tag of arch's, timm:NAME, local-dir:PATH, a package; empty: from scratch
     )
-    freeze: Literal["none", "statistics", "backbone"] = "none"  # statistics: of batch norms
+    # statistics: of batch norms; auto: these where few values would make new ones, else none
+    freeze: Literal["none", "statistics", "backbone", "auto"] = "none"
     small_input: Literal["auto", "always", "never"] = "auto"
     image_px: int = Field(default=0, ge=0, le=4096)  # 0: the weights' size, else the source's
     drop_rate: float = Field(default=0.0, ge=0, lt=1)

@@ -16,6 +16,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.training.assemble import make_rule, make_state, measure_timing
 from fieldmark.training.hardest import HardestBatches, proxy_network, settle_hardest
 from fieldmark.training.loop import UpdateRule
+from fieldmark.training.norm_statistics import settled
 from fieldmark.training.plan import Plan, make_plan
 from fieldmark.training.prepare import TrainImages, initialise_from_images, make_batches
 from fieldmark.training.run_folder import RunFolder
@@ -121,7 +122,7 @@ class Parts:
             train=config.train,
             optim=config.optim,
             loss=config.loss,
-            freeze=config.model.freeze,
+            freeze=settled(config.model),
             steps_per_epoch=steps_per_epoch,
             class_counts=self.class_counts,
             device=device,

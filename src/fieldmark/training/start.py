@@ -33,6 +33,7 @@ from fieldmark.training.device import autocast, pick_device, prepare, settle_pre
 from fieldmark.training.features import frozen_digest, linear_head
 from fieldmark.training.hardest import PROXY_SHARE, proxy_network
 from fieldmark.training.losses import make_loss
+from fieldmark.training.norm_statistics import settle_freeze, settled
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.parts import Parts
 from fieldmark.training.plan import Plan
@@ -138,6 +139,17 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     )
     if pretrained is None:
         initialise_from_images(network, images)
+    spec = images.preprocess
+    model = settle_freeze(
+        config.model,
+        train,
+        network,
+        height_px=spec.height_px,
+        width_px=spec.width_px,
+        num_ranks=run.ranks.world,
+        decide_once=run.decide_once,
+    )
+    config = config.model_copy(update={"model": model})
     class_counts = np.bincount(
         splits.train.labels if images.labels is None else images.labels,
         minlength=len(splits.class_names),
@@ -171,7 +183,7 @@ def _pflop_per_image(network: nn.Module, images: TrainImages, config: RunConfig)
         for begin, px in images.augment.sizes or ((0.0, None),)
     ]
     try:
-        flops = kept * training_flops(network, sizes, num_images=1, freeze=config.model.freeze)
+        flops = kept * training_flops(network, sizes, num_images=1, freeze=settled(config.model))
         if kept < 1:
             flops += PROXY_SHARE * training_flops(proxy_network(10, 0), sizes, num_images=1)
         return flops / 1e15
@@ -206,7 +218,7 @@ def _rehearsal(
         make_optimizer=partial(make_optimizer, config=config.optim),
         loss_fn=make_loss(config.loss, class_counts=class_counts),
         autocast=partial(autocast, config.train, device),
-        freeze=config.model.freeze,
+        freeze=settled(config.model),
         image_shape=(3, *_largest_side(images)),
         channels_last=config.train.channels_last,
     )
