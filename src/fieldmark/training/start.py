@@ -130,25 +130,7 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     run.exchange()
     run.must_agree(_num_readable(images, splits), "images")
     say(f"run {run.path}: {splits.sizes()}, {device.type}, {threads} threads")
-    network, architecture = make_network(
-        config.model,
-        pretrained=pretrained,
-        class_names=splits.class_names,
-        image_px=images.preprocess.height_px,
-        seed=train.seed,
-    )
-    if pretrained is None:
-        initialise_from_images(network, images)
-    spec = images.preprocess
-    model = settle_freeze(
-        config.model,
-        train,
-        network,
-        height_px=spec.height_px,
-        width_px=spec.width_px,
-        num_ranks=run.ranks.world,
-        decide_once=run.decide_once,
-    )
+    network, architecture, model = _network(run, config, images, splits, pretrained)
     config = config.model_copy(update={"model": model})
     class_counts = np.bincount(
         splits.train.labels if images.labels is None else images.labels,
@@ -173,6 +155,36 @@ def start_session(run: RunFolder, config: RunConfig, make_validation: MakeValida
     ready = Ready(session, splits, images, architecture, pretrained, make_update, pflop)
     say(_cost_sentence(session.plan, ready.cost(session.plan.total)))
     return ready
+
+
+def _network(
+    run: RunFolder,
+    config: RunConfig,
+    images: TrainImages,
+    splits: Splits,
+    pretrained: ResolvedModel | None,
+) -> tuple[nn.Module, Architecture, ModelConfig]:
+    """Return the network in front of training, what rebuilds it, and the section as settled."""
+    spec = images.preprocess
+    network, architecture = make_network(
+        config.model,
+        pretrained=pretrained,
+        class_names=splits.class_names,
+        image_px=spec.height_px,
+        seed=config.train.seed,
+    )
+    if pretrained is None:
+        initialise_from_images(network, images)
+    settled_model = settle_freeze(
+        config.model,
+        config.train,
+        network,
+        height_px=spec.height_px,
+        width_px=spec.width_px,
+        num_ranks=run.ranks.world,
+        decide_once=run.decide_once,
+    )
+    return network, architecture, settled_model
 
 
 def _pflop_per_image(network: nn.Module, images: TrainImages, config: RunConfig) -> float | None:
