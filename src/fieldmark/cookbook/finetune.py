@@ -13,7 +13,7 @@ from fieldmark.config import (
 from fieldmark.cookbook.registry import recipe
 
 
-@recipe("finetune")
+@recipe("finetune", evidence="benchmarks/results/finetune_small.json")
 def finetune() -> RunConfig:
     """Pretrained weights with a new head, for a folder of your own images.
 
@@ -26,7 +26,8 @@ def finetune() -> RunConfig:
     Run:    fieldmark train finetune data.source=folder:PATH model.pretrained=local-dir:PATH
     Cost:   depends on the data.
     Source: Kornblith et al. 2019, arXiv:1805.08974, section 4.
-    Result: depends on the data; it is measured on a held-out part of yours.
+    Result: 82.8 to 83.8 % (3 seeds) from 2,000 images of CIFAR-10 at 96 px with the weights of
+            tf_efficientnet_lite0; on yours it is measured on a held-out part.
     """
     return RunConfig(
         data=DataConfig(source="folder:images", val_frac=0.15, test_frac=0.15),
