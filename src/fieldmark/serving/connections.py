@@ -244,7 +244,7 @@ class _Guarded(BoundedHttp):
         none: Any = {"path": "", "headers": [], "state": {}}
         scope: Any = self.cycle.scope if self.reading == "body" else none
         state = scope["state"]
-        state["answered"] = status  # for who counts and logs the request
+        state["answered"], state["reason"] = status, code  # for who counts and logs the request
         identity = state.setdefault("request_id", request_id(Headers(scope=scope)))
         body = json.dumps(error_content(scope["path"], code, message)).encode()
         headers = [

@@ -74,7 +74,7 @@ class Identified:
         state = scope["state"]
         status = state.get("answered", status)  # by the connection, before the app could
         route = state.get("route") or getattr(scope.get("route"), "path", "other")
-        self._service.metrics.request(route, status, seconds)
+        self._service.metrics.request(route, status, seconds, state.get("reason", ""))
         log.event(
             "request",
             request_id=state["request_id"],

@@ -153,6 +153,7 @@ class BadKey(FieldmarkError):
     """No key, or one that is not taken."""
 
     code = "bad_key"
+    reason = "key"  # of a refusal, as the metrics name it
     http_status = 401
 
 

@@ -26,7 +26,10 @@ class Metrics:
         self._parts: dict[tuple[object, tuple[str, ...]], object] = {}
         ProcessCollector(registry=own)
         self._requests = Counter(
-            "fieldmark_requests", "Requests answered.", ["route", "status"], registry=own
+            "fieldmark_requests",
+            "Requests answered; of a refusal, its reason.",
+            ["route", "status", "reason"],
+            registry=own,
         )
         self._request_s = Histogram(
             "fieldmark_request_seconds",
@@ -94,9 +97,9 @@ class Metrics:
             }
         )
 
-    def request(self, route: str, status: int, seconds: float) -> None:
+    def request(self, route: str, status: int, seconds: float, reason: str = "") -> None:
         """Count an answer. `route` is a template of ours, never a client's path."""
-        self._part(self._requests, route, str(status)).inc()
+        self._part(self._requests, route, str(status), reason).inc()
         self._part(self._request_s, route).observe(seconds)
 
     def refused(self, reason: str) -> None:

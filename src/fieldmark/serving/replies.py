@@ -15,6 +15,8 @@ SHOWN_CHARACTERS = 80  # of what a client sent, when an error repeats it
 class RequestError(FieldmarkError):
     """A request that cannot be answered as it is, or not now."""
 
+    reason = ""  # of a refusal, in one of few words: the metrics name it
+
 
 class BadQuery(RequestError):
     """A query parameter that does not exist, is given twice, or is out of range."""
@@ -43,15 +45,16 @@ class Busy(RequestError):
     code = "busy"
     http_status = 429
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int, reason: str) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class Late(RequestError):
     """The deadline passed before there was an answer."""
 
-    code = "late"
+    code = reason = "late"
     http_status = 504
 
     @classmethod
@@ -66,7 +69,7 @@ class Late(RequestError):
 class NotReady(RequestError):
     """The model is still being loaded and checked."""
 
-    code = "not_ready"
+    code = reason = "not_ready"
     http_status = 503
     retry_after_s = 1
 
@@ -101,7 +104,7 @@ class ClassifyBody(BaseModel):
 class NotAlive(RequestError):
     """The model will not answer any more."""
 
-    code = "not_alive"
+    code = reason = "not_alive"
     http_status = 503
     retry_after_s = 1  # of another service behind the same address
 
@@ -214,6 +217,7 @@ def error_reply(
     """Return the answer to a request that ends with an error which its client may know."""
     if isinstance(error, Busy | NotReady | NotAlive):
         headers = {"Retry-After": str(error.retry_after_s)} | (headers or {})
+    request.scope.setdefault("state", {})["reason"] = getattr(error, "reason", "")
     return _reply(request, error.http_status, error.code, str(error), headers)
 
 

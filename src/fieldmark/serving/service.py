@@ -301,7 +301,7 @@ class Service:
     def busy(self, message: str, reason: str, wait_s: float) -> Busy:
         """Return a refusal, counted. `reason` is one of few words; whole seconds are sent."""
         self.metrics.refused(reason)
-        return Busy(message, retry_after_s=max(1, math.ceil(wait_s)))
+        return Busy(message, retry_after_s=max(1, math.ceil(wait_s)), reason=reason)
 
     async def _one(self, image: bytes | Pixels, deadline: float, explain: bool) -> Answer:
         if isinstance(image, bytes) and (explain or not self._shares_threads):

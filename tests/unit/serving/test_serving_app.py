@@ -521,7 +521,8 @@ def test_a_refusal_does_not_wait_for_the_body(make_predictor, encode, path, rout
     assert int(dict(start["headers"])[b"retry-after"]) >= 1
     assert b"at most 1 images may wait" in body["body"]
     page = TestClient(app).get("/metrics").text
-    assert f'fieldmark_requests_total{{route="{route}",status="429"}} 1.0' in page
+    of = f'route="{route}",status="429"'
+    assert f'fieldmark_requests_total{{reason="queue_full",{of}}} 1.0' in page
 
 
 def test_a_refusal_that_may_pass_says_when_to_try_again(make_predictor):

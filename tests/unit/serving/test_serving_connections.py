@@ -282,7 +282,8 @@ def test_a_slow_body_is_answered_counted_and_named_as_what_it_is(tiny_package, p
         error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
         assert isinstance(error, str) == path.startswith("/v2")
         page = httpx.get(f"{url}/metrics").text
-        assert f'fieldmark_requests_total{{route="{route}",status="408"}} 1.0' in page
+        of = f'reason="slow_body",route="{route}",status="408"'
+        assert f"fieldmark_requests_total{{{of}}} 1.0" in page
         assert 'status="400"' not in page
 
 

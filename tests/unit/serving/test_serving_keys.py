@@ -212,7 +212,8 @@ def test_the_door_is_shut_for_every_path_but_those_of_health(path, make_predicto
     assert client.post(URL, content=encode("red"), headers=bearer(key)).status_code == 200
     assert client.post(URL, content=encode("red"), headers=bearer(key + "x")).status_code == 401
     assert (
-        'fieldmark_refused_total{reason="key"}' in client.get("/metrics", headers=bearer(key)).text
+        'fieldmark_requests_total{reason="key",route="other",status="401"}'
+        in client.get("/metrics", headers=bearer(key)).text
     )
     assert schema["components"]["securitySchemes"]
 

@@ -56,11 +56,11 @@ def test_requests_images_and_batches_are_counted(make_predictor, encode):
     for path in ("/x", "/y/secret", "/v2/models/nobody"):
         assert client.get(path).status_code == 404
     found = counted(client)
-    of = "fieldmark_requests_total"
-    assert found[of, (("route", URL), ("status", "200"))] == 2
-    assert found[of, (("route", URL), ("status", "422"))] == 1
-    assert found[of, (("route", "other"), ("status", "404"))] == 2
-    assert found[of, (("route", "/v2/models/{name}"), ("status", "404"))] == 1
+    of, none = "fieldmark_requests_total", ("reason", "")
+    assert found[of, (none, ("route", URL), ("status", "200"))] == 2
+    assert found[of, (none, ("route", URL), ("status", "422"))] == 1
+    assert found[of, (none, ("route", "other"), ("status", "404"))] == 2
+    assert found[of, (none, ("route", "/v2/models/{name}"), ("status", "404"))] == 1
     assert found["fieldmark_images_total", (("status", "200"),)] == 3
     assert found["fieldmark_images_total", (("status", "422"),)] == 2
     assert found["fieldmark_request_seconds_count", (("route", URL),)] == 3
