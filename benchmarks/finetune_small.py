@@ -51,6 +51,7 @@ ARMS: dict[str, list[str]] = {
     "statistics-decay-0.9": [*BEFORE, *CROPS, *STATISTICS, "optim.layer_decay=0.9"],
     "statistics-slow": [*BEFORE, *CROPS, *STATISTICS, "optim.lr=1.5e-4"],
     "statistics-auto": [*BEFORE, *STATISTICS, "augment.policy=auto"],
+    "auto": ["augment.policy=auto"],
     "recipe": [],
 }
 
