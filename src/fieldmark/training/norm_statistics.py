@@ -2,8 +2,8 @@
 
 In training a batch norm uses mean and variance of what it sees at once. Of few small images that is
 little: the last ones of a network that shrinks images 32 times see 144 values of a channel in 16
-images of 96 px. Then the statistics of the pretrained weights are the better ones; with thousands
-of values those of the new images are (docs/decisions/0014-norm-statistics.md).
+images of 96 px. Then the statistics of the pretrained weights were the better ones; of 784 values
+those of the new images seemed to be (docs/decisions/0014-norm-statistics.md).
 """
 
 from collections.abc import Callable
@@ -45,7 +45,8 @@ def settle_freeze(
         if positions is None:
             return "none", "as there is no batch norm"
         if train.batch_size == "auto":
-            return "none", "as the images at once are not known before train.batch_size=auto is"
+            # Of few images that is one or two; kept statistics suit every number.
+            return "statistics", "as train.batch_size=auto is not a number yet"
         at_once = train.batch_size // (train.accumulation_steps * num_ranks)
         values = at_once * positions
         seen = f"{at_once} images at once give a batch norm {values} values of a channel"

@@ -83,8 +83,11 @@ def test_where_there_is_nothing_to_keep_nothing_is_frozen():
     model = ModelConfig(pretrained=PRETRAINED, freeze="auto")
     vit = timm.create_model("test_vit", img_size=32)
     assert settle(model, train, vit) == ("none", "as there is no batch norm")
+
+
+def test_they_are_kept_where_the_size_of_an_update_is_not_known_yet():
     unknown = TrainConfig(epochs=1, batch_size="auto")
-    assert settle(model, unknown)[0] == "none"
+    assert settle(ModelConfig(pretrained=PRETRAINED, freeze="auto"), unknown)[0] == "statistics"
 
 
 @pytest.mark.parametrize("freeze", ["none", "statistics", "backbone"])
