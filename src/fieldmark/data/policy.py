@@ -169,7 +169,7 @@ def _auto(facts: Facts) -> str:
 
     Standard where there are many. Where there are few, strong from scratch, and light for
     pretrained weights, which are trained briefly: mixing helped none of the short runs in
-    docs/experiments.md. On the photographs there, light did less than the recipe's own crops.
+    docs/experiments.md.
     """
     if facts.num_images >= ENOUGH_IMAGES:
         return "standard"
@@ -177,11 +177,16 @@ def _auto(facts: Facts) -> str:
 
 
 def _light(facts: Facts) -> Values:
-    """Small shifts; for photos mild crops. For short runs and for fine-tuning of a head."""
+    """Small shifts; for photos mild crops. For short runs and for fine-tuning.
+
+    Pretrained weights have seen smaller crops than that, and take them
+    (docs/decisions/0014-fine-tuning.md).
+    """
     flip = _flip(facts)
     if facts.is_small:
         return {**_shift(facts, 1 / 16), **flip}
-    return {"resized_crop": True, "resized_crop_min_area_frac": 0.5, **flip}
+    frac = 0.35 if facts.is_pretrained else 0.5
+    return {"resized_crop": True, "resized_crop_min_area_frac": frac, **flip}
 
 
 def _standard(facts: Facts) -> Values:

@@ -3,7 +3,7 @@
 In training a batch norm uses mean and variance of what it sees at once. Of few small images that is
 little: the last ones of a network that shrinks images 32 times see 144 values of a channel in 16
 images of 96 px. Then the statistics of the pretrained weights were the better ones; of 784 values
-those of the new images seemed to be (docs/decisions/0014-norm-statistics.md).
+those of the new images seemed to be (docs/decisions/0014-fine-tuning.md).
 """
 
 from collections.abc import Callable
