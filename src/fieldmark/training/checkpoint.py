@@ -22,6 +22,7 @@ from fieldmark.runtime.files import remove_temporary as remove_temporary
 from fieldmark.runtime.log import warn
 
 IS_STOP = "is_stop"  # in a header's `extra`: a signal made it, and only a resumed run reads it
+OF_RUN = "run"  # in a header's `extra`: the digest of the configuration of its run
 MAGIC = "fieldmark-checkpoint-1"
 _HEADER_MAX_BYTES = 2**20
 
@@ -138,8 +139,12 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Any]]:
     return header, state
 
 
-def load_newest(folder: Path) -> tuple[Header, dict[str, Any]] | None:
-    """Return the newest checkpoint that is whole; each damaged one is named and put aside.
+def load_newest(folder: Path, of_run: str | None = None) -> tuple[Header, dict[str, Any]] | None:
+    """Return the newest checkpoint that is whole; each other one is named and put aside.
+
+    Args:
+        of_run: what OF_RUN must be in a header that has it; None: anything. A run that was ended
+            and whose folder was made anew at once may still write its last checkpoint there.
 
     Raises:
         CheckpointError: the newest is whole, but this torch does not load it. Earlier ones would
@@ -147,7 +152,10 @@ def load_newest(folder: Path) -> tuple[Header, dict[str, Any]] | None:
     """
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
-            return load_checkpoint(path)
+            found = load_checkpoint(path)
+            if of_run is not None and found[0].extra.get(OF_RUN, of_run) != of_run:
+                raise CheckpointError(f"checkpoint {path} is of a run of another configuration.")
+            return found
         except _OtherVersion:
             raise
         except CheckpointError as error:

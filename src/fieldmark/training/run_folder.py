@@ -23,6 +23,7 @@ from fieldmark.runtime.files import (
     is_disk_full,
     read_json,
     remove_temporary,
+    sha256_bytes,
     sync_folder,
     write_atomic,
     write_json,
@@ -120,6 +121,10 @@ class RunFolder:
     def config(self) -> RunConfig:
         """Return the configuration the run was started with."""
         return self._config or from_json(read_json(self.path / "config.json"))
+
+    def digest(self) -> str:
+        """Return what tells this run's configuration from another's; only where it is written."""
+        return sha256_bytes((self.path / "config.json").read_bytes())[:16]
 
     def decide(self, kind: str, value: T, why: str) -> T:
         """Return what was decided of `kind` the first time, recording it if it is new."""

@@ -15,7 +15,12 @@ import torch
 import fieldmark
 from fieldmark.cookbook import find_recipe
 from fieldmark.errors import ConfigError, DataError, NonFiniteLoss, RunError
-from fieldmark.training.checkpoint import checkpoint_path, load_checkpoint
+from fieldmark.training.checkpoint import (
+    OF_RUN,
+    checkpoint_path,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fieldmark.training.run_folder import RunFolder
 
 PROGRAM = str(Path(sys.executable).with_name("fieldmark"))
@@ -71,6 +76,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
         if int(path.name[5:13]) > 4:
             path.unlink()
     checkpoint_path(broken / "checkpoints", 6).write_bytes(b"half")
+    # And as if a run that was here before had ended only now.
+    _, last = load_checkpoint(checkpoint_path(calm / "checkpoints", 12))
+    save_checkpoint(broken / "checkpoints", 12, last, None, {OF_RUN: "another"})
     with (broken / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "train", "st')
     (broken / "metrics.json").unlink()
