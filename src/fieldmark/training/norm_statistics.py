@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fieldmark.config import ModelConfig, TrainConfig
+from fieldmark.errors import ConfigError
 from fieldmark.model import Freeze
 from fieldmark.runtime.log import say
 
@@ -64,6 +65,28 @@ def settled(model: ModelConfig) -> Freeze:
     if model.freeze == "auto":
         raise AssertionError("model.freeze=auto is settled before anything is trained")
     return model.freeze
+
+
+def check_norms(
+    freeze: Freeze, network: nn.Module, *, num_images: int, height_px: int, width_px: int
+) -> None:
+    """Refuse an update in which a batch norm would see a single value of a channel.
+
+    Args:
+        num_images: that pass at once.
+        height_px, width_px: of the smallest image in training.
+
+    Raises:
+        ConfigError: there is such a batch norm; one value has no variance.
+    """
+    if num_images > 1 or freeze != "none":
+        return
+    if fewest_positions(network, height_px, width_px) == 1:
+        raise ConfigError(
+            "train.batch_size must give a process 2 images at once or more, as this network ends "
+            f"in batch norms over a single pixel of {height_px} x {width_px} px images. Got 1. "
+            "Set a larger one, or model.freeze=statistics for pretrained weights."
+        )
 
 
 def fewest_positions(network: nn.Module, height_px: int, width_px: int) -> int | None:

@@ -33,7 +33,7 @@ from fieldmark.training.device import autocast, pick_device, prepare, settle_pre
 from fieldmark.training.features import frozen_digest, linear_head
 from fieldmark.training.hardest import PROXY_SHARE, proxy_network
 from fieldmark.training.losses import make_loss
-from fieldmark.training.norm_statistics import settle_freeze, settled
+from fieldmark.training.norm_statistics import check_norms, settle_freeze, settled
 from fieldmark.training.optim import make_optimizer
 from fieldmark.training.parts import Parts
 from fieldmark.training.plan import Plan
@@ -231,15 +231,16 @@ def _rehearsal(
         loss_fn=make_loss(config.loss, class_counts=class_counts),
         autocast=partial(autocast, config.train, device),
         freeze=settled(config.model),
-        image_shape=(3, *_largest_side(images)),
+        image_shape=(3, *_side(images, max)),
         channels_last=config.train.channels_last,
     )
 
 
-def _largest_side(images: TrainImages) -> tuple[int, int]:
+def _side(images: TrainImages, which: Callable[..., int | None]) -> tuple[int, int]:
+    """Return height and width of the images that training shows when they are max or min."""
     spec = images.preprocess
     sides = [px for _, px in images.augment.sizes]
-    return size_at(max(sides, default=None), spec.height_px, spec.width_px)
+    return size_at(which(sides, default=None), spec.height_px, spec.width_px)
 
 
 def _settle_memory(
@@ -268,8 +269,16 @@ def _settle_memory(
     if splits.val is not None:
         validation = validation_rehearsal(network, (3, spec.height_px, spec.width_px))
     at_a_time = train.examples_per_update // (train.accumulation_steps * ranks.world)
+    height_px, width_px = _side(images, min)
+    check_norms(
+        settled(config.model),
+        network,
+        num_images=at_a_time,
+        height_px=height_px,
+        width_px=width_px,
+    )
     workers = config.data.num_workers if images.pixels is None else 0
-    read_ahead = prefetched_bytes(workers, at_a_time, _largest_side(images))
+    read_ahead = prefetched_bytes(workers, at_a_time, _side(images, max))
     num_averages = bool(train.ema_decay) + bool(config.optim.lookahead_steps)
     check_memory(
         train,

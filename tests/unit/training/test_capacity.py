@@ -215,7 +215,7 @@ def decide(**changes: object) -> tuple[int, str]:
         ({"most_images": 281}, 128),  # 256 would leave no margin
         ({"num_images": 5_000}, 128),  # 250 is a 20th
         ({"num_images": 300}, 8),
-        ({"num_images": 7}, 1),
+        ({"num_images": 7}, 2),
         ({"most_images": 71, "accumulation_steps": 4}, 256),
         ({"num_images": 1_000, "accumulation_steps": 3}, 48),
     ],

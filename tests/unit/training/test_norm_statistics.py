@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import fieldmark
 from fieldmark.config import ModelConfig, TrainConfig
+from fieldmark.errors import ConfigError
 from fieldmark.training.norm_statistics import FEW_VALUES, fewest_positions, settle_freeze, settled
 from random_weights import save_weights
 
@@ -121,3 +122,19 @@ def test_the_recipe_keeps_them_for_a_few_small_images_and_says_so(tmp_path: Path
     assert statistics
     assert all(torch.equal(before[name], after[name]) for name in statistics)
     assert any(not torch.equal(before[name], after[name]) for name in before if "weight" in name)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "auto"])
+def test_a_single_image_over_a_single_pixel_is_refused_in_a_sentence_and_never_chosen(
+    tmp_path: Path, tiny_settings: list[str], batch_size: str
+):
+    weights = save_weights(tmp_path / "weights")
+    settings = [s for s in tiny_settings if s.startswith("data.")]
+    settings += [f"model.pretrained=local-dir:{weights}", "model.freeze=none", "model.image_px=32"]
+    settings += ["train.steps=2", "train.device=cpu", f"train.batch_size={batch_size}"]
+    out = tmp_path / "run"
+    if batch_size == "auto":
+        assert fieldmark.train("finetune", settings, out=out).facts["selected_by"]["step"] == 2
+        return
+    with pytest.raises(ConfigError, match=r"a single pixel of 32 x 32 px images. Got 1\. Set a"):
+        fieldmark.train("finetune", settings, out=out)
