@@ -100,11 +100,15 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         raise BodyTooLarge(
             f"body must have at most {max_bytes} bytes. Got {shown(declared)}. Resize and retry."
         )
-    body = bytearray()
+    body: bytes | bytearray = b""
     try:
         async for chunk in request.stream():
             await service.arrivals.add(len(chunk), lambda: "answered" in request.scope["state"])
-            body += chunk
+            if body:
+                body = bytearray(body) if isinstance(body, bytes) else body
+                body += chunk
+            else:
+                body = chunk  # most come as one, which is not copied
             if len(body) > max_bytes:
                 raise BodyTooLarge(
                     f"body must have at most {max_bytes} bytes. Got more. Resize and retry."
@@ -122,35 +126,43 @@ def _from_form(body: bytes, boundary: bytes, limits: Limits) -> Images:
     """Return the parts of multipart/form-data (RFC 2046, section 5.1.1), each as an image."""
     if not boundary:
         raise BadBody("the form must have a boundary in its content type. It has none.")
-    # What lies between two delimiters, each at the beginning of a line; the last is --boundary--.
-    # More pieces than may be are not looked for: they would only take memory.
-    most = limits.max_images + 2
-    before, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary, most)
-    ends = next((n for n, part in enumerate(parts) if part.startswith(b"--")), None)
-    if (len(parts) if ends is None else ends) > limits.max_images:
+    # A part lies between two delimiters, each at the beginning of a line; the last is --boundary--.
+    # More of them than may be are not looked for.
+    delimiter = b"\r\n--" + boundary
+    at = first = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
+    parts: list[tuple[int, int]] = []
+    is_ended = False
+    while at != -1 and len(parts) <= limits.max_images:
+        start = at + len(delimiter)
+        is_ended = body.startswith(b"--", start)
+        if is_ended:
+            break
+        at = body.find(delimiter, start)
+        parts.append((start, len(body) if at == -1 else at))
+    if len(parts) > limits.max_images:
         raise BadBody(
             f"a request must have at most {limits.max_images} images. Got more. "
             "Send several requests."
         )
-    if before.strip():
+    if body[: len(body) if first == -1 else max(first, 0)].strip():
         raise _unreadable()
-    if ends is None:
+    if not is_ended:
         raise BadBody("the form must end with its boundary. It does not. Send it again.")
-    if not ends:
+    if not parts:
         raise BadBody("the form must have an image in each part. It has no part.")
-    found = [_part(part) for part in parts[:ends]]
+    found = [_part(body, start, end) for start, end in parts]
     return Images([data for _, data in found], [name for name, _ in found], is_list=True)
 
 
-def _part(part: bytes) -> tuple[str | None, bytes]:
-    """Return the name and the content of a part, from the end of its delimiter on."""
-    line, ends_line, rest = part.partition(b"\r\n")
-    head, ends_head, content = (b"\r\n" + rest).partition(b"\r\n\r\n")
-    is_whole = bool(ends_line and ends_head) and not line.strip(b" \t")
-    if not is_whole or len(head) > _MAX_PART_HEAD_BYTES:
+def _part(body: bytes, start: int, end: int) -> tuple[str | None, bytes]:
+    """Return the name and the content of a part, which lies from the end of its delimiter on."""
+    head = body.find(b"\r\n", start, end)  # nothing but blanks may stand before that
+    content = body.find(b"\r\n\r\n", head, end)  # the same line end, where there is no header
+    is_whole = head != -1 and content != -1 and not body[start:head].strip(b" \t")
+    if not is_whole or content - head > _MAX_PART_HEAD_BYTES:
         raise _unreadable()
     text = None
-    for header in head.split(b"\r\n")[1:]:
+    for header in body[head:content].split(b"\r\n")[1:]:
         field, colon, value = header.partition(b":")
         if not colon:
             raise _unreadable()
@@ -158,7 +170,7 @@ def _part(part: bytes) -> tuple[str | None, bytes]:
             options = parse_options_header(value)[1]
             name = options.get(b"filename") or options.get(b"name")
             text = None if name is None else name.decode("utf-8", "replace")[:255]
-    return text, content
+    return text, body[content + 4 : end]
 
 
 def _unreadable() -> BadBody:
