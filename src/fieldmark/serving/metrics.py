@@ -104,7 +104,7 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         """Count what was refused; `reason` is one of few words."""
-        self._refused.labels(reason).inc()
+        self._part(self._refused, reason).inc()
 
     def image(self, status: int) -> None:
         """Count an image's answer."""

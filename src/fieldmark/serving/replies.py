@@ -248,4 +248,4 @@ def _reply(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """Return an error in the shape of its protocol."""
-    return JSONResponse(error_content(request.url.path, code, message), status, headers)
+    return JSONResponse(error_content(request.scope["path"], code, message), status, headers)

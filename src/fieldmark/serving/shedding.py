@@ -13,9 +13,8 @@ from fieldmark.serving.intake import deadline_of
 from fieldmark.serving.replies import BadQuery, Busy, NotReady, error_reply
 from fieldmark.serving.service import Service
 
-# Paths that want the model, each with the route that the metrics name.
+# Paths beside PATH that want the model, each with the route that the metrics name.
 _ROUTES = (
-    (re.compile(re.escape(PATH)), PATH),
     (re.compile(r"/v2/models/[^/]+/infer"), "/v2/models/{name}/infer"),
     (
         re.compile(r"/v2/models/[^/]+/versions/[^/]+/infer"),
@@ -50,4 +49,6 @@ class Shedding:
 
 
 def _route(path: str) -> str | None:
+    if path == PATH:
+        return PATH
     return next((route for pattern, route in _ROUTES if pattern.fullmatch(path)), None)
