@@ -62,10 +62,9 @@ ARMS: dict[str, list[str]] = {
     "statistics-auto": [*BEFORE, *STATISTICS, "augment.policy=auto"],
     "auto": AUTO,
     "auto-decay-0.9": [*AUTO, DECAY],
-    "auto-decay-0.95": [*AUTO, "optim.layer_decay=0.95"],
+    "auto-decay-0.95": [*AUTO, "optim.layer_decay=0.95"],  # the recipe as it is
     "auto-faster-decay-0.9": [*AUTO, DECAY, "optim.lr=6e-4"],
     "auto-crops-0.5": [*AUTO, "augment.resized_crop_min_area_frac=0.5"],
-    "recipe": [],
 }
 
 

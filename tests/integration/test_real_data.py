@@ -78,7 +78,8 @@ def test_a_folder_of_one_s_own_photographs_to_a_service(tmp_path: Path) -> None:
     assert "broken.jpg" in done.stderr
     facts = json.loads(done.stdout)
     assert facts["measured_on"] == "test"
-    assert facts["top1_accuracy"]["value"] >= 0.9
+    # 38 to 41 of the 43 by seed (benchmarks/results/finetune_small.json); a CPU's rounding is one.
+    assert facts["top1_accuracy"]["value"] >= 0.85
     exported = subprocess.run(
         [BIN / "fieldmark", "export", out, "--json"], capture_output=True, text=True, check=True
     )

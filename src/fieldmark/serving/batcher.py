@@ -56,6 +56,7 @@ class Batcher:
         self,
         predict: Predict,
         *,
+        alone: Predict | None = None,
         decode: Callable[[bytes, float], Pixels] | None = None,
         workers: int = 1,
         max_batch_size: int,
@@ -69,6 +70,8 @@ class Batcher:
         Args:
             predict: uint8 (B, H, W, 3) -> logits, float32 (B, num_classes); raises if one is not
                 finite.
+            alone: takes the place of `predict` for one image while no other waits or runs; what it
+                costs is not learnt from.
             decode: an encoded image and its deadline -> uint8 (H, W, 3); None: none is encoded.
             workers: batches that run at once. What waits is shared among them, but for batches
                 that are to fill.
@@ -82,6 +85,7 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self.workers = workers
         self._predict = predict
+        self._alone = alone
         self._decode = decode
         self._max_wait_s = max_wait_s
         self._report = report
@@ -210,7 +214,7 @@ class Batcher:
         for job, answer in zip(batch, done.answers, strict=True):
             _settle(job, answer)
         try:
-            if done.num_images and not done.failed:
+            if done.num_images and not done.failed and not done.alone:
                 self.cost.add(done.num_images, done.seconds)
             if done.num_images:
                 waited = tuple(done.started - job.since for job in batch)
@@ -234,11 +238,12 @@ class Batcher:
             if not isinstance(image, Exception)
         ]
         started = time.monotonic()
-        found, failed = self._logits(wanted) if wanted else ([], False)
+        alone = self._alone if len(wanted) == self.num_inside == 1 else None
+        found, failed = self._logits(wanted, alone or self._predict) if wanted else ([], False)
         seconds = time.monotonic() - started
         rest = iter(found)
         answers = [image if isinstance(image, Exception) else next(rest) for image in images]
-        return _Done(answers, len(wanted), began, seconds, failed)
+        return _Done(answers, len(wanted), began, seconds, failed, alone is not None)
 
     def _decoded(self, job: Job) -> Pixels | Exception:
         image = job.image
@@ -253,10 +258,12 @@ class Batcher:
         except Exception as error:  # noqa: BLE001  # this image's answer and no other's
             return error
 
-    def _logits(self, batch: list[tuple[Job, Pixels]]) -> tuple[list[Logits | Exception], bool]:
+    def _logits(
+        self, batch: list[tuple[Job, Pixels]], predict: Predict
+    ) -> tuple[list[Logits | Exception], bool]:
         """Return for each image its logits or what went wrong, and whether the batch failed."""
         try:
-            return list(self._predict(np.stack([image for _, image in batch]))), False
+            return list(predict(np.stack([image for _, image in batch]))), False
         except Exception as error:  # noqa: BLE001  # whatever a run time raises
             if len(batch) == 1:
                 return [_as_model_error(error)], True
@@ -267,7 +274,7 @@ class Batcher:
             if isinstance(found, Exception):
                 answers.append(found)
             else:
-                answers += self._logits([(job, image)])[0]
+                answers += self._logits([(job, image)], predict)[0]
         return answers, True
 
 
@@ -284,6 +291,7 @@ class _Done:
     started: float  # time.monotonic(), before any was decoded
     seconds: float  # in the model
     failed: bool
+    alone: bool  # it was the only image inside
 
 
 def _if_wanted(job: Job, decoded: Pixels | Exception) -> Pixels | Exception:

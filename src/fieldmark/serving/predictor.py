@@ -1,7 +1,8 @@
 """A model with its preprocessing and its class names: encoded bytes -> ranked predictions."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from fieldmark.packaging.served import SERVED, open_served
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
 from fieldmark.serving.preference import preferred
-from fieldmark.serving.workers import Setting, open_workers
+from fieldmark.serving.workers import FEW_CORES, Setting, open_workers
+
+_TRIES, _CLEARLY, _WORTH_S = 5, 0.9, 0.001  # to take more threads for one image alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Predictor:
     device: Device = "cpu"
     platform: str = "onnx_onnxv1"  # as the Open Inference Protocol names what runs it
     maps: MapModel | None = None  # the same variant with its features, where it gives them
+    alone: Predict | None = None  # the same on more threads, for one image while no other waits
 
     @property
     def version(self) -> str:
@@ -88,7 +92,14 @@ class Predictor:
 
     def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """Return the logits, float32 (B, num_classes), all finite; errors as `classify_pixels`."""
-        logits = self.predict(pixels)
+        return self._checked(self.predict, pixels)
+
+    def logits_alone(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """Return what `logits` does, sooner, for one image while nothing else is computed."""
+        return self._checked(self.alone or self.predict, pixels)
+
+    def _checked(self, predict: Predict, pixels: Pixels) -> npt.NDArray[np.float32]:
+        logits = predict(pixels)
         expected = (len(pixels), self.num_classes)
         if logits.shape != expected:
             raise ModelError(
@@ -125,7 +136,7 @@ def open_predictor(
     check: bool = True,
     workers: int = 1,
     device: Device = "cpu",
-    explains: bool = False,
+    serves: bool = False,
 ) -> Predictor:
     """Return the predictor of a package, once its golden samples give what was recorded.
 
@@ -135,7 +146,8 @@ def open_predictor(
         check: whether to run the golden samples. A package without any is opened with a note.
         workers: calls that may run at once, each with `threads`.
         device: where it runs.
-        explains: whether to open the variant a second time for its class maps, if it has any.
+        serves: whether to open the variant again for what only a service needs: class maps, if it
+            has any, and one image alone on all threads, if calls share them.
 
     Raises:
         PackageError: the folder is not a package, or is damaged.
@@ -161,11 +173,16 @@ def open_predictor(
                 f"{' '.join(problems)} Run: {entry.made_by(package.path)}."
             )
     # A thread beside those of the model, which are as many as there are cores.
-    maps = _maps(package, variant, 1, device) if explains else None
+    maps = _maps(package, variant, 1, device) if serves else None
+    alone = None
+    if serves and workers > 1:
+        alone = open_served(package, variant, min(workers * threads, FEW_CORES), device)
     if check and package.manifest.golden.count:
         _must_repeat_golden(package, variant, predict)
         if maps is not None:
             _must_repeat_golden(package, variant, lambda pixels: maps.run(pixels)[0])
+        if alone is not None:
+            _must_repeat_golden(package, variant, alone)
     elif check:
         log.warn(f"{package_path} has no golden samples, so its answers were not checked here.")
     return Predictor(
@@ -181,7 +198,29 @@ def open_predictor(
         device=device,
         platform="openvino_ir" if is_openvino else "onnx_onnxv1",
         maps=maps,
+        alone=alone,
     )
+
+
+def unless_slower(predictor: Predictor) -> Predictor:
+    """Return the predictor without `alone` where that gains little."""
+    if predictor.alone is None:
+        return predictor
+    spec = predictor.preprocess
+    image = np.zeros((1, spec.height_px, spec.width_px, 3), np.uint8)
+    usual_s, alone_s = (_best_s(call, image) for call in (predictor.logits, predictor.logits_alone))
+    is_worth_it = usual_s >= _WORTH_S and alone_s < _CLEARLY * usual_s
+    return predictor if is_worth_it else replace(predictor, alone=None)
+
+
+def _best_s(call: Callable[[Pixels], object], image: Pixels) -> float:
+    """Return the shortest time of a call, in seconds."""
+    seconds = []
+    for _ in range(_TRIES):
+        started = time.monotonic()
+        call(image)
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
 
 
 def _must_repeat_golden(package: Package, variant: str, predict: Predict) -> None:

@@ -35,7 +35,7 @@ from fieldmark.serving.cost import BatchCost
 from fieldmark.serving.identity import marks
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import Limits
-from fieldmark.serving.predictor import Predictor, open_predictor
+from fieldmark.serving.predictor import Predictor, open_predictor, unless_slower
 from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
 from fieldmark.serving.service import THREAD_NAMES, Service
 from fieldmark.serving.supervisor import Supervisor
@@ -99,6 +99,7 @@ def serve(
         def load() -> None:
             try:
                 predictor, why = _open(package_path, variant, setting, device, check)
+                predictor = unless_slower(predictor)
                 warm_up(predictor, limits.largest_batch, cost)
             except BaseException as error:  # noqa: BLE001  # raised again by the main thread
                 loaded.set_exception(error)

@@ -92,6 +92,7 @@ class Service:
         if self._batcher is None:
             self._batcher = Batcher(
                 self.predictor.logits,
+                alone=None if self.predictor.alone is None else self.predictor.logits_alone,
                 decode=self._decode,
                 workers=self.predictor.workers,
                 max_batch_size=self.limits.largest_batch,
@@ -233,6 +234,7 @@ class Service:
         places = len(images) * (2 if explain else 1)
         self.must_have_room(places, num_bytes, deadline)
         work_s, started = self._work_s(places), time.monotonic()
+        came_alone = not self._num_inside  # then it was sooner than others will be
         self._num_inside += places
         self._bytes_inside += num_bytes
         try:
@@ -243,7 +245,7 @@ class Service:
         finally:
             self._num_inside -= places
             self._bytes_inside -= num_bytes
-        if not any(isinstance(one, ImageError | ModelError) for one in found):
+        if not came_alone and not any(isinstance(one, ImageError | ModelError) for one in found):
             self._learn(work_s, time.monotonic() - started)
         for outcome in found:
             if isinstance(outcome, Late):

@@ -12,7 +12,7 @@ from fieldmark.errors import ConfigError
 from fieldmark.measure import Predict
 
 MAX_PER_CORE = 4  # threads; more only wait for each other
-_CALLS, _FEW_CORES = 4, 8  # each call takes memory of its own
+_CALLS, FEW_CORES = 4, 8  # each call takes memory of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def default_setting(cores: int) -> Setting:
 
     A call that shares its work among many threads waits for the last of them again and again.
     """
-    if cores <= _FEW_CORES:
+    if cores <= FEW_CORES:
         return Setting(cores, 1)
     return Setting(_CALLS, cores // _CALLS)
 

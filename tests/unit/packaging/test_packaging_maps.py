@@ -68,7 +68,7 @@ def test_the_mean_of_a_class_map_is_the_logit(package: Package, made: Made) -> N
 def test_a_service_checks_the_session_of_the_maps_too(
     mapped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert open_predictor(mapped, explains=True).maps is not None
+    assert open_predictor(mapped, serves=True).maps is not None
 
     class Other:
         def __init__(self, session: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_service_checks_the_session_of_the_maps_too(
     monkeypatch.setattr(predictor, "open_maps", open_other)
     assert open_predictor(mapped).maps is None
     with pytest.raises(CheckFailed, match="must repeat its golden samples"):
-        open_predictor(mapped, explains=True)
+        open_predictor(mapped, serves=True)
 
 
 def test_the_variant_says_what_its_outputs_are(package: Package) -> None:

@@ -271,3 +271,25 @@ def test_each_of_a_batch_that_fails_is_looked_at_before_it_runs_alone():
     assert float(first[0]) == 1
     assert isinstance(late, Late)
     assert sizes == [2, 1]
+
+
+def test_an_image_alone_takes_the_quicker_way_and_teaches_nothing_of_the_usual_one():
+    usual, alone, cost = Model(), Model(), BatchCost()
+
+    async def go():
+        batcher = Batcher(usual, alone=alone, workers=2, max_batch_size=4, cost=cost)
+        await asyncio.gather(*send(batcher, [1]))
+        assert (usual.sizes, alone.sizes, cost.is_known) == ([], [1], False)
+        alone.release.clear()
+        first = send(batcher, [3])
+        while len(alone.sizes) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*send(batcher, [4]))  # while another runs: the usual way
+        assert (usual.sizes, alone.sizes, cost.is_known) == ([1], [1, 1], True)
+        alone.release.set()
+        assert float((await asyncio.gather(*first))[0][0]) == 3
+        with pytest.raises(ModelError):
+            await asyncio.gather(*send(batcher, [POISON]))
+
+    asyncio.run(go())
+    assert (usual.sizes, alone.sizes) == ([1], [1, 1, 1])

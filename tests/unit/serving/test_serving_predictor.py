@@ -1,6 +1,7 @@
 """predictor.py: bytes and pixels to ranked classes, and the opening of a package."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from fieldmark.errors import (
     PackageError,
     UnknownName,
 )
-from fieldmark.serving.predictor import open_predictor
+from fieldmark.serving import predictor as predictor_module
+from fieldmark.serving.predictor import open_predictor, unless_slower
 
 
 def gives(*rows):
@@ -149,3 +151,45 @@ def test_open_predictor_refuses_what_is_not_there(tiny_package, tmp_path):
         open_predictor(tmp_path)
     with pytest.raises(UnknownName, match="'onxx' does not exist. Did you mean 'onnx'"):
         open_predictor(tiny_package, variant="onxx")
+
+
+def test_one_image_alone_has_the_threads_of_all_calls_if_that_is_faster(make_predictor):
+    def takes(seconds):
+        def predict(images):
+            time.sleep(seconds)
+            return np.full((len(images), 3), seconds, np.float32)
+
+        return predict
+
+    for alone_s, is_kept in ((0.001, True), (0.03, False)):
+        one = dataclasses.replace(make_predictor(takes(0.02)), alone=takes(alone_s))
+        found = unless_slower(one)
+        assert (found.alone is not None) == is_kept
+        np.testing.assert_array_equal(
+            found.logits_alone(pixels()), np.full((1, 3), alone_s if is_kept else 0.02, np.float32)
+        )
+        np.testing.assert_array_equal(found.logits(pixels()), np.full((1, 3), 0.02, np.float32))
+    nan = dataclasses.replace(make_predictor(), alone=lambda images: np.full((1, 3), np.nan))
+    with pytest.raises(ModelError, match="finite"):
+        nan.logits_alone(pixels())
+
+
+def test_what_one_image_alone_goes_through_gives_the_same_and_is_checked(tiny_package, monkeypatch):
+    draw = np.random.default_rng(0)
+    found = open_predictor(tiny_package, threads=1, workers=2, serves=True)
+    shape = (1, found.preprocess.height_px, found.preprocess.width_px, 3)
+    image = draw.integers(0, 256, shape, dtype=np.uint8)
+    assert found.alone is not None
+    np.testing.assert_array_equal(found.logits_alone(image), found.logits(image))
+    for usual in ({"workers": 1, "serves": True}, {"workers": 2}):
+        assert open_predictor(tiny_package, threads=1, **usual).alone is None
+    opened = predictor_module.open_served
+
+    def open_other(package, variant, threads, *rest, **named):
+        right = opened(package, variant, threads, *rest, **named)
+        return right if threads == 1 else lambda images: right(images) + np.float32(1)
+
+    monkeypatch.setattr(predictor_module, "open_served", open_other)
+    assert open_predictor(tiny_package, threads=1, workers=2).alone is None
+    with pytest.raises(CheckFailed, match="must repeat its golden samples"):
+        open_predictor(tiny_package, threads=1, workers=2, serves=True)

@@ -154,6 +154,7 @@ SLOW = """
             time.sleep(0.4)
             return predict(pixels)
         object.__setattr__(predictor, "predict", wait)
+        object.__setattr__(predictor, "alone", None)
     server.warm_up = slowed
     server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
 """
@@ -181,6 +182,7 @@ HUNG = """
             print("in the model", file=sys.stderr, flush=True)
             time.sleep(1000)
         object.__setattr__(predictor, "predict", hang)
+        object.__setattr__(predictor, "alone", None)
     server.warm_up = hanging
     server.END_WITHIN_S = server._LAST_WORK_S = 1
     server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))

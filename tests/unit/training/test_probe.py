@@ -241,7 +241,7 @@ def test_what_a_probe_does_not_read_is_refused(changes: list[str], words: str) -
 
 
 def test_a_probe_of_another_recipe_s_settings_names_the_first_and_counts_the_rest() -> None:
-    with pytest.raises(ConfigError, match=r"augment\.resized_crop=True, .* and \d+ more\. Leave"):
+    with pytest.raises(ConfigError, match=r"augment\.policy=.auto., .* and \d+ more\. Leave"):
         load_recipe("finetune", ["train.method=linear-probe"])
 
 
