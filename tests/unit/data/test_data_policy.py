@@ -242,6 +242,11 @@ def test_pretrained_weights_get_less_where_there_are_few_images() -> None:
     many = Facts(**{**vars(FEW_PHOTOS), "is_pretrained": True, "num_images": 50_000})
     resolved, line = resolve_augment(AugmentConfig(policy="auto"), few)
     assert (resolved.ops, resolved.mixup_alpha, resolved.resized_crop) == ("none", 0.0, True)
+    assert resolved.resized_crop_min_area_frac == 0.35
+    assert (
+        resolve_augment(AugmentConfig(policy="light"), FEW_PHOTOS)[0].resized_crop_min_area_frac
+        == 0.5
+    )
     assert "policy auto: light" in line
     assert "policy auto: standard" in resolve_augment(AugmentConfig(policy="auto"), many)[1]
 
