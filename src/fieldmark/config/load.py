@@ -1,5 +1,6 @@
 """Recipe < file < section.key=value, validated as a whole each time."""
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,24 @@ def _merged(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
         for name, default in _check_section(section).idle(merged[section]).items():
             if (section, name) not in given:  # it was of what is switched off here
                 merged[section][name] = default
-    return _validated(merged)
+    found = _validated(merged)
+    _must_be_seen(found, [keys[0] for section, keys, _ in changes if section == "augment"])
+    return found
+
+
+def _must_be_seen(config: RunConfig, given: Sequence[str]) -> None:
+    """Refuse keys of `augment` that were given and do nothing: a policy chooses in their place."""
+    augment = config.augment
+    if augment.policy in ("custom", "none"):
+        return
+    for name in given:
+        value = getattr(augment, name)
+        if name != "policy" and value == type(augment).model_fields[name].default:
+            raise ConfigError(
+                f"augment.{name}={json.dumps(value)} takes nothing from augment.policy="
+                f"{augment.policy}, which chooses all keys that are at their defaults. Set "
+                "augment.policy=custom, and the keys that you want."
+            )
 
 
 def _check_section(section: str) -> type[Section]:

@@ -57,6 +57,7 @@ class Batcher:
         predict: Predict,
         *,
         alone: Predict | None = None,
+        alone_gain: float = 1.0,
         decode: Callable[[bytes, float], Pixels] | None = None,
         workers: int = 1,
         max_batch_size: int,
@@ -70,8 +71,8 @@ class Batcher:
         Args:
             predict: uint8 (B, H, W, 3) -> logits, float32 (B, num_classes); raises if one is not
                 finite.
-            alone: takes the place of `predict` for one image while no other waits or runs; what it
-                costs is not learnt from.
+            alone: takes the place of `predict` for one image while no other waits or runs.
+            alone_gain: how many times as fast that is.
             decode: an encoded image and its deadline -> uint8 (H, W, 3); None: none is encoded.
             workers: batches that run at once. What waits is shared among them, but for batches
                 that are to fill.
@@ -85,7 +86,7 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self.workers = workers
         self._predict = predict
-        self._alone = alone
+        self._alone, self._alone_gain = alone, alone_gain
         self._decode = decode
         self._max_wait_s = max_wait_s
         self._report = report
@@ -214,8 +215,9 @@ class Batcher:
         for job, answer in zip(batch, done.answers, strict=True):
             _settle(job, answer)
         try:
-            if done.num_images and not done.failed and not done.alone:
-                self.cost.add(done.num_images, done.seconds)
+            if done.num_images and not done.failed:
+                gain = self._alone_gain if done.alone else 1.0
+                self.cost.add(done.num_images, done.seconds * gain)
             if done.num_images:
                 waited = tuple(done.started - job.since for job in batch)
                 self._report(BatchReport(done.num_images, done.seconds, waited, done.failed))

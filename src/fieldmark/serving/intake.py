@@ -103,6 +103,8 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
     body: bytes | bytearray = b""
     try:
         async for chunk in request.stream():
+            if not chunk:  # as the last one is
+                continue
             await service.arrivals.add(len(chunk), lambda: "answered" in request.scope["state"])
             if body:
                 body = bytearray(body) if isinstance(body, bytes) else body

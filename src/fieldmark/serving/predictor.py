@@ -18,6 +18,7 @@ from fieldmark.packaging.maps import MapModel, open_maps
 from fieldmark.packaging.served import SERVED, open_served
 from fieldmark.preprocess import FORMATS, MAX_BYTES, MAX_PIXELS, Pixels, Preprocess
 from fieldmark.runtime import log
+from fieldmark.runtime.cpu import num_cores
 from fieldmark.serving.preference import preferred
 from fieldmark.serving.workers import FEW_CORES, Setting, open_workers
 
@@ -50,6 +51,7 @@ class Predictor:
     platform: str = "onnx_onnxv1"  # as the Open Inference Protocol names what runs it
     maps: MapModel | None = None  # the same variant with its features, where it gives them
     alone: Predict | None = None  # the same on more threads, for one image while no other waits
+    alone_gain: float = 1.0  # how many times as fast that is for one image
 
     @property
     def version(self) -> str:
@@ -175,8 +177,9 @@ def open_predictor(
     # A thread beside those of the model, which are as many as there are cores.
     maps = _maps(package, variant, 1, device) if serves else None
     alone = None
-    if serves and workers > 1:
-        alone = open_served(package, variant, min(workers * threads, FEW_CORES), device)
+    most = min(workers * threads, FEW_CORES, num_cores())
+    if serves and workers > 1 and most > threads:
+        alone = open_served(package, variant, most, device)
     if check and package.manifest.golden.count:
         _must_repeat_golden(package, variant, predict)
         if maps is not None:
@@ -203,14 +206,15 @@ def open_predictor(
 
 
 def unless_slower(predictor: Predictor) -> Predictor:
-    """Return the predictor without `alone` where that gains little."""
+    """Return the predictor with what `alone` gains, or without it where that is little."""
     if predictor.alone is None:
         return predictor
-    spec = predictor.preprocess
-    image = np.zeros((1, spec.height_px, spec.width_px, 3), np.uint8)
+    spec, draw = predictor.preprocess, np.random.default_rng(0)
+    image = draw.integers(0, 256, (1, spec.height_px, spec.width_px, 3), dtype=np.uint8)
     usual_s, alone_s = (_best_s(call, image) for call in (predictor.logits, predictor.logits_alone))
-    is_worth_it = usual_s >= _WORTH_S and alone_s < _CLEARLY * usual_s
-    return predictor if is_worth_it else replace(predictor, alone=None)
+    if usual_s >= _WORTH_S and alone_s < _CLEARLY * usual_s:
+        return replace(predictor, alone_gain=usual_s / alone_s)
+    return replace(predictor, alone=None)
 
 
 def _best_s(call: Callable[[Pixels], object], image: Pixels) -> float:

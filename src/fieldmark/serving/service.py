@@ -93,6 +93,7 @@ class Service:
             self._batcher = Batcher(
                 self.predictor.logits,
                 alone=None if self.predictor.alone is None else self.predictor.logits_alone,
+                alone_gain=self.predictor.alone_gain,
                 decode=self._decode,
                 workers=self.predictor.workers,
                 max_batch_size=self.limits.largest_batch,
@@ -234,7 +235,8 @@ class Service:
         places = len(images) * (2 if explain else 1)
         self.must_have_room(places, num_bytes, deadline)
         work_s, started = self._work_s(places), time.monotonic()
-        came_alone = not self._num_inside  # then it was sooner than others will be
+        # Then it may be sooner than others will be, which says only that too much is expected.
+        came_alone = places == 1 and not self._num_inside
         self._num_inside += places
         self._bytes_inside += num_bytes
         try:
@@ -245,7 +247,8 @@ class Service:
         finally:
             self._num_inside -= places
             self._bytes_inside -= num_bytes
-        if not came_alone and not any(isinstance(one, ImageError | ModelError) for one in found):
+        is_telling = not came_alone or self._slowness > 1
+        if is_telling and not any(isinstance(one, ImageError | ModelError) for one in found):
             self._learn(work_s, time.monotonic() - started)
         for outcome in found:
             if isinstance(outcome, Late):

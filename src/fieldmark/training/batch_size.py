@@ -85,7 +85,8 @@ def decide_batch_size(
             "one image at a time must fit into memory. It does not: choose a smaller network or "
             "model.image_px."
         )
-    cap = max(2, num_images // _UPDATES_PER_EPOCH)  # of one image a batch norm learns little
+    # Of one image at a time a batch norm learns little, or nothing.
+    cap = max(2 * accumulation_steps, num_images // _UPDATES_PER_EPOCH)
     fitting = int(most_images / _MARGIN) * accumulation_steps
     sizes = _candidates(min(cap, fitting, _SIZES[-1]), accumulation_steps)
     limits = f"at most a {_UPDATES_PER_EPOCH}th of {num_images} images, {most_images} at a time fit"

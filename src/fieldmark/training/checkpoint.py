@@ -22,7 +22,6 @@ from fieldmark.runtime.files import remove_temporary as remove_temporary
 from fieldmark.runtime.log import warn
 
 IS_STOP = "is_stop"  # in a header's `extra`: a signal made it, and only a resumed run reads it
-OF_RUN = "run"  # in a header's `extra`: the digest of the configuration of its run
 MAGIC = "fieldmark-checkpoint-1"
 _HEADER_MAX_BYTES = 2**20
 
@@ -139,12 +138,8 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Any]]:
     return header, state
 
 
-def load_newest(folder: Path, of_run: str | None = None) -> tuple[Header, dict[str, Any]] | None:
-    """Return the newest checkpoint that is whole; each other one is named and put aside.
-
-    Args:
-        of_run: what OF_RUN must be in a header that has it; None: anything. A run that was ended
-            and whose folder was made anew at once may still write its last checkpoint there.
+def load_newest(folder: Path) -> tuple[Header, dict[str, Any]] | None:
+    """Return the newest checkpoint that is whole; each damaged one is named and put aside.
 
     Raises:
         CheckpointError: the newest is whole, but this torch does not load it. Earlier ones would
@@ -152,10 +147,7 @@ def load_newest(folder: Path, of_run: str | None = None) -> tuple[Header, dict[s
     """
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
-            found = load_checkpoint(path)
-            if of_run is not None and found[0].extra.get(OF_RUN, of_run) != of_run:
-                raise CheckpointError(f"checkpoint {path} is of a run of another configuration.")
-            return found
+            return load_checkpoint(path)
         except _OtherVersion:
             raise
         except CheckpointError as error:

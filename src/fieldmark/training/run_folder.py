@@ -23,7 +23,6 @@ from fieldmark.runtime.files import (
     is_disk_full,
     read_json,
     remove_temporary,
-    sha256_bytes,
     sync_folder,
     write_atomic,
     write_json,
@@ -118,13 +117,28 @@ class RunFolder:
         """The folder of the package that training ends with."""
         return self.path / "package"
 
+    def must_be_here(self) -> None:
+        """Raise RunError if the folder is no longer the one that this process holds.
+
+        A run that is being ended and whose folder is made anew meanwhile would else leave its last
+        checkpoint to the run that is there now.
+        """
+        if self._lock is None:
+            return
+        held = os.fstat(self._lock.fileno())
+        try:
+            here = (self.path / ".lock").stat()
+        except FileNotFoundError:
+            here = None
+        if here is None or (here.st_dev, here.st_ino) != (held.st_dev, held.st_ino):
+            raise RunError(
+                f"{self.path} must stay where it is while the run trains. It was removed or "
+                "replaced, so nothing more is saved there. Start the run anew."
+            )
+
     def config(self) -> RunConfig:
         """Return the configuration the run was started with."""
         return self._config or from_json(read_json(self.path / "config.json"))
-
-    def digest(self) -> str:
-        """Return what tells this run's configuration from another's; only where it is written."""
-        return sha256_bytes((self.path / "config.json").read_bytes())[:16]
 
     def decide(self, kind: str, value: T, why: str) -> T:
         """Return what was decided of `kind` the first time, recording it if it is new."""

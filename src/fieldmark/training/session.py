@@ -19,7 +19,6 @@ from fieldmark.runtime.log import Bar, duration, say, warn
 from fieldmark.training.capacity import peak_memory_bytes
 from fieldmark.training.checkpoint import (
     IS_STOP,
-    OF_RUN,
     Best,
     checkpoint_path,
     drop_stops,
@@ -126,7 +125,6 @@ class Session:
         self._beginning: dict[str, Any] | None = state.copied()
         self.best: Best | None = None
         self.done = self._saved_at = 0
-        self._of_run = run.digest() if run.writes else ""
         if run.writes:
             remove_temporary(run.checkpoints)
         self.start = self._load_newest()
@@ -307,12 +305,13 @@ class Session:
                 goes where it would have gone without the signal.
         """
         if self.run.writes:
+            self.run.must_be_here()
             save_checkpoint(
                 self.run.checkpoints,
                 self.done,
                 self.state.state_dict(),
                 self.best,
-                extra={OF_RUN: self._of_run} | ({IS_STOP: True} if is_stop else {}),
+                extra={IS_STOP: True} if is_stop else None,
             )
             prune(self.run.checkpoints, self.train.keep_checkpoints)
         self._saved_at = self.done
@@ -325,7 +324,7 @@ class Session:
         if self.run.writes:
             if is_rollback:
                 drop_stops(self.run.checkpoints)
-            found = load_newest(self.run.checkpoints, self._of_run)
+            found = load_newest(self.run.checkpoints)
         found = self.rule.ranks.share(found)
         if found is not None:
             header, state = found

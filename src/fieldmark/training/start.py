@@ -273,7 +273,7 @@ def _settle_memory(
     check_norms(
         settled(config.model),
         network,
-        num_images=at_a_time,
+        num_images=at_a_time * (ranks.world if train.sync_batch_norm else 1),
         height_px=height_px,
         width_px=width_px,
     )

@@ -263,3 +263,12 @@ def test_a_name_is_registered_once() -> None:
 
     with pytest.raises(ValueError, match="already defined"):
         recipe("digits")(RECIPES["digits"].build)
+
+
+def test_a_key_of_augment_that_a_policy_would_not_see_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"resized_crop=false takes nothing .*policy=custom"):
+        override(find_recipe("finetune"), ["augment.resized_crop=false"])
+    own = override(find_recipe("finetune"), ["augment.policy=custom", "augment.resized_crop=false"])
+    assert not own.augment.resized_crop
+    seen = override(find_recipe("finetune"), ["augment.flip=none", "augment.cutout_px=3"])
+    assert (seen.augment.policy, seen.augment.flip, seen.augment.cutout_px) == ("auto", "none", 3)

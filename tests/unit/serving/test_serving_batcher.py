@@ -1,6 +1,7 @@
 """batcher.py and cost.py: what goes into a batch, whose failure it is, what waiting costs."""
 
 import asyncio
+import dataclasses
 import math
 import threading
 import time
@@ -273,19 +274,22 @@ def test_each_of_a_batch_that_fails_is_looked_at_before_it_runs_alone():
     assert sizes == [2, 1]
 
 
-def test_an_image_alone_takes_the_quicker_way_and_teaches_nothing_of_the_usual_one():
+def test_an_image_alone_takes_the_quicker_way_which_teaches_what_the_usual_one_costs():
     usual, alone, cost = Model(), Model(), BatchCost()
 
     async def go():
-        batcher = Batcher(usual, alone=alone, workers=2, max_batch_size=4, cost=cost)
+        batcher = Batcher(
+            usual, alone=alone, alone_gain=1e6, workers=2, max_batch_size=4, cost=cost
+        )
         await asyncio.gather(*send(batcher, [1]))
-        assert (usual.sizes, alone.sizes, cost.is_known) == ([], [1], False)
+        assert (usual.sizes, alone.sizes) == ([], [1])
+        assert cost.seconds(1, 4) > 1  # microseconds, times what was gained
         alone.release.clear()
         first = send(batcher, [3])
         while len(alone.sizes) < 2:
             await asyncio.sleep(0.001)
         await asyncio.gather(*send(batcher, [4]))  # while another runs: the usual way
-        assert (usual.sizes, alone.sizes, cost.is_known) == ([1], [1, 1], True)
+        assert (usual.sizes, alone.sizes) == ([1], [1, 1])
         alone.release.set()
         assert float((await asyncio.gather(*first))[0][0]) == 3
         with pytest.raises(ModelError):
@@ -293,3 +297,36 @@ def test_an_image_alone_takes_the_quicker_way_and_teaches_nothing_of_the_usual_o
 
     asyncio.run(go())
     assert (usual.sizes, alone.sizes) == ([1], [1, 1, 1])
+
+
+def test_a_service_that_was_slow_once_learns_from_lone_images_that_it_no_longer_is(make_predictor):
+    """What is refused teaches nothing, and beside a slow model nothing else is admitted."""
+    slow_s = [1.0]
+
+    def predict(pixels):
+        time.sleep((0.01 + slow_s[0]) * len(pixels))
+        return np.zeros((len(pixels), 3), np.float32)
+
+    one = dataclasses.replace(make_predictor(predict), workers=2, alone=predict, alone_gain=1.5)
+
+    async def go():
+        cost = BatchCost()
+        for size in (1, 2, 4):
+            cost.add(size, 0.01 * size)
+        service = Service(one, Limits(), cost)
+        pixels = np.zeros((16, 16, 3), np.uint8)
+
+        async def ask(seconds):
+            try:
+                return await service.answers([pixels], time.monotonic() + seconds)
+            except Busy as refusal:
+                return refusal
+
+        await asyncio.gather(*(ask(30) for _ in range(4)))
+        slow_s[0] = 0.0
+        for _ in range(150):
+            found = await asyncio.gather(*(ask(1.0) for _ in range(3)))
+        service.close()
+        return found
+
+    assert not any(isinstance(one, Busy) for one in asyncio.run(go()))

@@ -30,7 +30,6 @@ def test_a_policy_is_recorded_and_a_resumed_run_equals_the_undisturbed_one(
         "data.num_workers=0",
         "data.sampler=balanced",
         "data.repeats=2",
-        "augment.crop_pad_px=0",
         "augment.policy=auto",
         "augment.cutmix_alpha=1",
         "augment.mixup_alpha=0.5",

@@ -8,7 +8,6 @@ import torch
 
 from fieldmark.errors import CheckpointError
 from fieldmark.training.checkpoint import (
-    OF_RUN,
     Best,
     checkpoint_path,
     load_checkpoint,
@@ -140,19 +139,3 @@ def test_another_network_s_checkpoint_is_a_sentence() -> None:
     optimizer = torch.optim.SGD(torch.nn.Linear(3, 4).parameters())
     with pytest.raises(CheckpointError, match="different number of parameter groups"), must_fit(7):
         optimizer.load_state_dict({"state": {}, "param_groups": []})
-
-
-def test_a_checkpoint_of_another_run_is_put_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_checkpoint(tmp_path, 1, STATE, None)  # from before checkpoints said whose they are
-    save_checkpoint(tmp_path, 2, STATE, None, {OF_RUN: "a"})
-    save_checkpoint(tmp_path, 3, STATE, None, {OF_RUN: "b"})
-    found = load_newest(tmp_path, "a")
-    assert found is not None
-    assert found[0].step == 2
-    assert "step-00000003.ckpt is of a run of another configuration" in capsys.readouterr().err
-    assert (tmp_path / "step-00000003.damaged").exists()
-    found = load_newest(tmp_path, "c")
-    assert found is not None
-    assert found[0].step == 1

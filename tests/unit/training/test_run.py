@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,8 @@ import torch
 import fieldmark
 from fieldmark.cookbook import find_recipe
 from fieldmark.errors import ConfigError, DataError, NonFiniteLoss, RunError
-from fieldmark.training.checkpoint import (
-    OF_RUN,
-    checkpoint_path,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fieldmark.training import session
+from fieldmark.training.checkpoint import checkpoint_path, load_checkpoint
 from fieldmark.training.run_folder import RunFolder
 
 PROGRAM = str(Path(sys.executable).with_name("fieldmark"))
@@ -76,9 +73,6 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
         if int(path.name[5:13]) > 4:
             path.unlink()
     checkpoint_path(broken / "checkpoints", 6).write_bytes(b"half")
-    # And as if a run that was here before had ended only now.
-    _, last = load_checkpoint(checkpoint_path(calm / "checkpoints", 12))
-    save_checkpoint(broken / "checkpoints", 12, last, None, {OF_RUN: "another"})
     with (broken / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "train", "st')
     (broken / "metrics.json").unlink()
@@ -147,6 +141,24 @@ def test_an_existing_folder_is_refused_and_nothing_in_it_changes(tiny_run: Path)
     with pytest.raises(RunError, match="must not exist yet. Resume with"):
         fieldmark.train("digits", out=tiny_run)
     assert (tiny_run / "config.json").read_bytes() == before
+
+
+def test_a_run_whose_folder_was_replaced_leaves_nothing_to_the_new_one(
+    tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "run", session.save_checkpoint
+
+    def replace_after(*arguments: Any, **named: Any) -> Path:
+        path = save(*arguments, **named)
+        shutil.rmtree(out)
+        with RunFolder.create(out, find_recipe("digits")):
+            pass
+        return path
+
+    monkeypatch.setattr(session, "save_checkpoint", replace_after)
+    with pytest.raises(RunError, match=r"run must stay where it is .* removed or replaced"):
+        fieldmark.train("digits", [*tiny_settings, "train.checkpoint_steps=2"], out=out)
+    assert not list((out / "checkpoints").iterdir())
 
 
 def test_resume_takes_the_run_s_own_configuration(tiny_run: Path, tmp_path: Path) -> None:
