@@ -93,6 +93,7 @@ except MemoryError:
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_of_the_address_space_is_the_one_that_holds() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     first, last = done.stdout.splitlines()

@@ -20,7 +20,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_checkpoint(checkpoint_path(run / "checkpoints", step))[1]["network"]
 
 
-@pytest.mark.parametrize("storage", ["resident", "files"])
+@pytest.mark.parametrize("storage", ["resident", pytest.param("files", marks=pytest.mark.slow)])
 def test_a_policy_is_recorded_and_a_resumed_run_equals_the_undisturbed_one(
     tmp_path: Path, tiny_settings: list[str], storage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

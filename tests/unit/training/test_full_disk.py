@@ -85,7 +85,7 @@ def test_a_disk_that_fills_while_training_leaves_a_run_that_is_resumed(
     check_equal(disk / "run", calm)
 
 
-@pytest.mark.parametrize("leave_kb", [0, 4, 8])
+@pytest.mark.parametrize("leave_kb", [0, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_disk_that_is_full_from_the_start_is_said_so(
     disk: Path, settings: list[str], leave_kb: int
 ) -> None:

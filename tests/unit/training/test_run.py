@@ -60,7 +60,8 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
-@pytest.mark.parametrize("storage", ["resident", pytest.param("files", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["resident", "files"])
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, settings: list[str], storage: str
 ) -> None:

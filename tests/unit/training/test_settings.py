@@ -110,7 +110,7 @@ def test_pretrained_and_architecture_must_agree(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("storage", ["resident", "files"])
+@pytest.mark.parametrize("storage", ["resident", pytest.param("files", marks=pytest.mark.slow)])
 def test_broken_training_images_are_named_counted_and_left_out(
     tmp_path: Path,
     tiny_settings: list[str],

@@ -21,6 +21,7 @@ def without(settings: list[str], *keys: str) -> list[str]:
     return [s for s in settings if s.partition("=")[0] not in keys]
 
 
+@pytest.mark.slow
 def test_images_of_a_run_have_the_sizes_asked_for(
     tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_weights_of_another_network_are_one_sentence(
         fieldmark.train(out=run, resume=True)
 
 
+@pytest.mark.slow
 def test_the_estimate_leaves_the_first_update_alone(
     tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
