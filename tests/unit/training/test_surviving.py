@@ -219,5 +219,5 @@ def test_a_budget_of_time_is_kept_to(tmp_path: Path, settings: list[str]) -> Non
     assert decided["why"].startswith("to fit 0.1 min: an update takes")
     lines = train_lines(tmp_path / "run")
     assert len(lines) == decided["value"]
-    # Six seconds, within what a machine that does something else beside may be off.
-    assert 1.5 < result.facts["train_s"] < 24
+    # Six seconds. It may be far less where the updates that were timed had other work beside them.
+    assert result.facts["train_s"] < 24
