@@ -223,3 +223,17 @@ def test_every_network_of_timm_that_names_layers_has_the_head_last() -> None:
         rates = by_parameter(module, parameter_groups(module, OptimConfig(layer_decay=0.5)), "lr")
         assert min(rates.values()) > 0, name
         assert max(rates.values()) == pytest.approx(0.1), name
+
+
+def test_finetune_slows_each_layer_below_the_next_and_lets_the_images_choose_what_is_done() -> None:
+    config = find_recipe("finetune")
+    rates = {
+        group["name"].split(",")[0]: group["lr"]
+        for group in parameter_groups(
+            build(Architecture("airnet", 4, {"widths": [8, 8, 8]})), config.optim
+        )
+    }
+    layers = [rates[f"layer {n}"] for n in range(4)]
+    assert layers == pytest.approx([3e-4 * 0.95**depth for depth in (4, 3, 2, 1)])
+    assert rates["head"] == pytest.approx(3e-3)
+    assert config.augment.policy == "auto"
