@@ -30,7 +30,7 @@ test: setup       ## the fast tests: unit and contract, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10 -m "$(FAST)" tests/unit tests/contract
 
 test-slow: setup clients  ## what `make test` leaves out, except for the longest
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 -m "slow and not long and not gpu and not network"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 -m "slow and not long and not gpu and not network"
 
 test-all: setup clients   ## every test but those that need a GPU or the internet
 	$(BIN)/python -m pytest --durations=10 -m "not gpu and not network"

@@ -1,9 +1,9 @@
 """The HTTP service: images in, ranked classes out.
 
-A request: it is refused at once if there is no room -> its query and declared size are checked ->
-the body is read and counted -> it is admitted, or refused with the time to wait -> each image is
-decoded and validated alone -> the model runs on what came together -> the answer. A client that
-goes takes its images out of the queue.
+A request: its query and declared size are checked -> the body is read and counted -> it is
+admitted, or refused with the time to wait (`shedding` does that sooner) -> each image is decoded
+and validated alone -> the model runs on what came together -> the answer. A client that goes takes
+its images out of the queue.
 """
 
 from concurrent.futures import Future
@@ -34,7 +34,6 @@ from fieldmark.serving.replies import (
     add_error_handlers,
 )
 from fieldmark.serving.service import Service
-from fieldmark.serving.shedding import Shedding
 
 _ERRORS: dict[int, str] = {
     401: "The request carries no key that is taken, where the service asks for one.",
@@ -114,7 +113,7 @@ def create_app(
     # Around what FastAPI puts around its routes: within, each request would pay for all of that.
     # Its outermost part answers what fails unexpectedly, which Identified does.
     inner = cast(ServerErrorMiddleware, app.build_middleware_stack()).app
-    stack: ASGIApp = Shedding(Direct(inner, service), service)
+    stack: ASGIApp = Direct(inner, service)
     if keys is not None:
         stack = Door(stack, service, keys)
     app.middleware_stack = Identified(stack, service)

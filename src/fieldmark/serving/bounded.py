@@ -7,9 +7,11 @@ counted here, and so are bytes of which the parser tells nothing.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import httptools
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 65_536  # of the first line, headers and trailers of a request
@@ -56,8 +58,15 @@ class _HeadWithBody:
 class BoundedHttp(HttpToolsProtocol):
     """A connection that knows what it is reading, and reads no head without end."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, refusal: Callable[[Scope], bytes | None], **options: Any) -> None:
+        """Begin without a request.
+
+        Args:
+            refusal: what is known of a request once its headers are there -> its whole answer, if
+                that is known by then.
+        """
         super().__init__(**options)
+        self._refusal, self._refused = refusal, b""
         self.reading: Literal["header", "body"] | None = None
         self.unanswered: deque[RequestResponseCycle] = deque()  # whose headers have been read
         self._head_bytes = 0
@@ -128,6 +137,21 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
         self.reading = "body"
         self.unanswered.append(self.cycle)
+        if self._refused:
+            self.transport.write(self._refused)
+            self._refused = b""
+            self.cycle.response_started = self.cycle.response_complete = True
+            self.on_response_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Start a request, where it is not refused at once: that needs no task.
+
+        One that waited for another, or whose answer closes the connection, has its body read first.
+        """
+        if not self.unanswered and cycle.keep_alive and not self.flow.write_paused:
+            self._refused = self._refusal(cast(Scope, cycle.scope)) or b""
+        if not self._refused:
+            super()._start_asgi_task(cycle, app)
 
     def on_chunk_header(self) -> None:
         """Take note that a chunk of the body begins."""

@@ -87,7 +87,7 @@ async def classify(request: Request, service: Service) -> JSONResponse:
     predictor = service.predictor
     top_k = _top_k(query, predictor)
     explain = _explain(query, predictor)
-    deadline = deadline_of(request, service.limits)
+    deadline = deadline_of(request.headers, service.limits)
     images = await read_images(request, service)
     if explain and 2 * len(images.encoded) > service.limits.max_inside:
         raise BadQuery(

@@ -16,12 +16,13 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from fieldmark.runtime import log
 from fieldmark.serving.bounded import BoundedHttp
 from fieldmark.serving.intake import request_id
 from fieldmark.serving.limits import SLOW_S, Limits
-from fieldmark.serving.replies import error_content
+from fieldmark.serving.replies import error_content, raw_reply
 
 Phase = Literal["header", "body", "answer", "idle"]
 LAST_CALL_S = 0.5  # for a request that is already on its way when the service ends
@@ -36,6 +37,7 @@ class Connections:
         limits: Limits,
         refused: Callable[[str], None] = lambda reason: None,
         marks: Callable[[str], list[tuple[bytes, bytes]]] = lambda identity: [],
+        refusal: Callable[[Scope], bytes | None] = lambda scope: None,
     ) -> None:
         """Begin without a connection.
 
@@ -43,10 +45,13 @@ class Connections:
             refused: is told why a connection was ended or turned away, in one of few words:
                 slow_header, slow_body, slow_reader, crowded, bad_http.
             marks: the id of a request -> the headers that its answer has beside others.
+            refusal: what is known of a request once its headers are there -> its answer, if that is
+                known by then.
         """
         self.limits = limits
         self.refused = refused
         self.marks = marks
+        self.refusal = refusal
         self.max_open = room_for_connections(limits.max_connections)
         # In the order in which they began to: dicts keep it, and forget one of many at once.
         self._reading: dict[_Guarded, float] = {}  # when: the event loop's time
@@ -118,7 +123,7 @@ class _Guarded(BoundedHttp):
     """A connection with a deadline for each phase."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(refusal=connections.refusal, **options)
         self._all = connections
         self.address = ""
         self._phase: tuple[Phase, object] | None = None
@@ -247,23 +252,14 @@ class _Guarded(BoundedHttp):
         state["answered"], state["reason"] = status, code  # for who counts and logs the request
         identity = state.setdefault("request_id", request_id(Headers(scope=scope)))
         body = json.dumps(error_content(scope["path"], code, message)).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        marks = [(name.decode(), value.decode()) for name, value in self._all.marks(identity)]
-        headers += [(name, value) for name, value in marks if name != "connection"]
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers += [one for one in self._all.marks(identity) if one[0] != b"connection"]
         if status == 503:
-            headers.append(("retry-after", "1"))
-        lines = [f"HTTP/1.1 {status} {_PHRASES[status]}", *(f"{k}: {v}" for k, v in headers)]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            headers.append((b"retry-after", b"1"))
+        self.transport.write(raw_reply(status, headers, body))
         self.transport.close()
         # A client that takes nothing would keep what was written, and so the connection.
         self.loop.call_later(self._all.limits.write_timeout_s, self.transport.abort)
-
-
-_PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
 
 
 def network_of(address: str) -> str:

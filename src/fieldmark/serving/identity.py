@@ -30,6 +30,25 @@ def marks(service: Service, identity: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def count(service: Service, scope: Scope, status: int, seconds: float) -> None:
+    """Count an answer, and log it where the log is for machines."""
+    # The template that matched: a path is the client's choice and would be a label without end.
+    state = scope["state"]
+    status = state.get("answered", status)  # by the connection, before the app could
+    route = state.get("route") or getattr(scope.get("route"), "path", "other")
+    service.metrics.request(route, status, seconds, state.get("reason", ""))
+    log.event(
+        "request",
+        request_id=state["request_id"],
+        method=scope["method"],
+        route=route,
+        status=status,
+        seconds=round(seconds, 6),
+        images=state.get("images"),
+        key=state.get("key"),
+    )
+
+
 class Identified:
     """ASGI middleware: X-Request-Id, X-Preprocessing and the model's id and version on all answers.
 
@@ -67,21 +86,4 @@ class Identified:
                 raise
             await unexpected_reply(Request(scope))(scope, receive, send_marked)
         finally:
-            self._count(scope, status, time.monotonic() - started)
-
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        # The template that matched: a path is the client's choice and would be a label without end.
-        state = scope["state"]
-        status = state.get("answered", status)  # by the connection, before the app could
-        route = state.get("route") or getattr(scope.get("route"), "path", "other")
-        self._service.metrics.request(route, status, seconds, state.get("reason", ""))
-        log.event(
-            "request",
-            request_id=state["request_id"],
-            method=scope["method"],
-            route=route,
-            status=status,
-            seconds=round(seconds, 6),
-            images=state.get("images"),
-            key=state.get("key"),
-        )
+            count(self._service, scope, status, time.monotonic() - started)

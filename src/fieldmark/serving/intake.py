@@ -43,13 +43,13 @@ def request_id(headers: Mapping[str, str]) -> str:
     return given if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def deadline_of(request: Request, limits: Limits) -> float:
+def deadline_of(headers: Mapping[str, str], limits: Limits) -> float:
     """Return when the answer is late, on the clock of time.monotonic().
 
     Raises:
         BadQuery: the header is no number of seconds above 0.
     """
-    given = request.headers.get(TIMEOUT_HEADER)
+    given = headers.get(TIMEOUT_HEADER)
     seconds = limits.timeout_s
     if given is not None:
         try:
@@ -119,7 +119,7 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         if not encoding:
             return bytes(body)
         unpack = partial(inflate, bytes(body), encoding, max_bytes)
-        return await service.apart(unpack, deadline_of(request, service.limits))
+        return await service.apart(unpack, deadline_of(request.headers, service.limits))
     finally:
         service.arrivals.remove(len(body))
 

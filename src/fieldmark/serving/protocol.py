@@ -142,7 +142,7 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         predictor = _found(service, name, version)
         if request.url.query:
             raise BadQuery(f"infer takes no parameters in its URL. Got {shown(request.url.query)}.")
-        deadline = deadline_of(request, service.limits)
+        deadline = deadline_of(request.headers, service.limits)
         body = await read_body(request, service, service.limits.max_request_bytes)
         spec = predictor.preprocess
         # Pixels as lists of lists of lists in JSON have a number and a list of three for each.

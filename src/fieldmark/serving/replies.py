@@ -1,5 +1,7 @@
 """What the service answers: the bodies, and the one door through which every error leaves."""
 
+from http import HTTPStatus
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -238,6 +240,13 @@ def error_content(path: str, code: str, message: str) -> dict[str, object]:
     if f"{path}/".startswith("/v2/"):
         return {"error": message}
     return {"error": {"code": code, "message": message}}
+
+
+def raw_reply(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """Return an answer as HTTP/1.1 writes it, for what is answered outside of the app."""
+    fields = b"".join(b"%b: %b\r\n" % one for one in headers)
+    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode()
+    return b"%bcontent-length: %d\r\n%b\r\n%b" % (line, len(body), fields, body)
 
 
 def _reply(

@@ -38,6 +38,7 @@ from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor, unless_slower
 from fieldmark.serving.preference import DEFAULT_VARIANT, choose_served
 from fieldmark.serving.service import THREAD_NAMES, Service
+from fieldmark.serving.shedding import Shedding
 from fieldmark.serving.supervisor import Supervisor
 from fieldmark.serving.workers import Setting, parse_setting
 
@@ -94,7 +95,7 @@ def serve(
         loaded: Future[Predictor] = Future()
         cost = BatchCost()
         app = create_app(loaded, limits=limits, keys=known, cost=cost)
-        server = _Server(app, app.state.service)
+        server = _Server(app, app.state.service, known)
 
         def load() -> None:
             try:
@@ -256,11 +257,16 @@ def url_of(listener: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it ends and loses no request that reached it."""
 
-    def __init__(self, app: FastAPI, service: Service) -> None:
+    def __init__(self, app: FastAPI, service: Service, keys: Keys | None) -> None:
         self._service = service
         self.supervisor = Supervisor()
         self._ends_at = math.inf  # time.monotonic()
-        connections = Connections(service.limits, service.metrics.refused, partial(marks, service))
+        connections = Connections(
+            service.limits,
+            service.metrics.refused,
+            partial(marks, service),
+            Shedding(service, keys).refusal,
+        )
         service.arrivals.end_slowest = connections.end_slowest_body
         service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
         config = uvicorn.Config(

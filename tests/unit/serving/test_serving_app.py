@@ -481,50 +481,6 @@ def test_too_many_at_once_are_refused_with_429(make_predictor, encode):
     assert int(refused.headers["retry-after"]) >= 1
 
 
-@pytest.mark.parametrize(
-    ("path", "route"),
-    [
-        (URL, URL),
-        ("/v2/models/colours/infer", "/v2/models/{name}/infer"),
-        ("/v2/models/a/versions/b/infer", "/v2/models/{name}/versions/{version}/infer"),
-    ],
-)
-def test_a_refusal_does_not_wait_for_the_body(make_predictor, encode, path, route):
-    release = threading.Event()
-
-    def slow(pixels):
-        assert release.wait(10)
-        return np.zeros((len(pixels), 3), np.float32)
-
-    app = create_app(make_predictor(slow), limits=Limits(max_inside=1, max_images=1))
-
-    async def probe():
-        inside = asyncio.create_task(app.state.service.logits([encode("red")], math.inf))
-        await asyncio.sleep(0.05)
-        sent = []
-
-        async def receive():
-            pytest.fail("the body was asked for")
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"top_k=9"}
-        scope |= {"headers": [(b"host", b"here")], "scheme": "http", "server": ("here", 80)}
-        await app(scope, receive, send)
-        release.set()
-        await inside
-        return sent
-
-    start, body = asyncio.run(probe())
-    assert start["status"] == 429
-    assert int(dict(start["headers"])[b"retry-after"]) >= 1
-    assert b"at most 1 images may wait" in body["body"]
-    page = TestClient(app).get("/metrics").text
-    of = f'route="{route}",status="429"'
-    assert f'fieldmark_requests_total{{reason="queue_full",{of}}} 1.0' in page
-
-
 def test_a_refusal_that_may_pass_says_when_to_try_again(make_predictor):
     client = TestClient(create_app(Future()))
     for path in ("/readyz", "/v2/health/ready"):
