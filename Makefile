@@ -27,7 +27,7 @@ check: setup      ## format, lint, types, layers, changelog
 	$(BIN)/python scripts/check_changelog.py
 
 test: setup       ## the fast tests: unit and contract, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10 -m "$(FAST)" tests/unit tests/contract
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --durations=10 -m "$(FAST)" tests/unit tests/contract
 
 test-slow: setup clients  ## what `make test` leaves out, except for the longest
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 -m "slow and not long and not gpu and not network"

@@ -127,7 +127,7 @@ class Batcher:
             return f"the model has been busy with one batch for more than {hung_after_s:g} s"
         return None
 
-    async def logits(self, image: bytes | Pixels, deadline: float) -> Logits:
+    async def logits(self, image: bytes | Pixels, deadline: float, at_once: bool = False) -> Logits:
         """Return the logits of an image, float32 (num_classes,).
 
         Cancelled before its batch begins, the image is not computed.
@@ -135,6 +135,7 @@ class Batcher:
         Args:
             image: uint8 (H, W, 3), or encoded where there is a `decode`.
             deadline: on the clock of time.monotonic().
+            at_once: whether an idle model begins without a look at what comes at the same time.
 
         Raises:
             Late: the deadline passed before its batch began.
@@ -149,8 +150,10 @@ class Batcher:
                 self._changed.notify()
             is_turn = self._num_turns < self.workers
             self._num_turns += is_turn
-        if is_turn:
-            loop.call_soon(self._submit)  # not at once: what a request has goes together
+        if is_turn and at_once:
+            self._submit()
+        elif is_turn:
+            loop.call_soon(self._submit)  # what a request has goes together
         try:
             return await job.answer
         finally:

@@ -11,6 +11,7 @@ clients are in the way of each other and not of a fast one.
 import asyncio
 import ipaddress
 import json
+import math
 import resource
 from collections.abc import Callable, Collection
 from typing import Any, Literal
@@ -127,7 +128,8 @@ class _Guarded(BoundedHttp):
         self._all = connections
         self.address = ""
         self._phase: tuple[Phase, object] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._due, self._overdue = math.inf, ""  # when the phase must be over, else why it ends
+        self._timer: asyncio.TimerHandle | None = None  # rings then, or sooner
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -183,8 +185,8 @@ class _Guarded(BoundedHttp):
             super().shutdown()
             return
         self._cancel()
-        # A request that begins before then takes the timer's place, and is answered.
-        self._timer = self.loop.call_later(LAST_CALL_S, self.transport.close)
+        # A request that begins before then has a deadline of its own, and is answered.
+        self._must_end_within(LAST_CALL_S, "")
 
     def end(self, reason: str) -> None:
         """Close the connection; a client that was sending a request is told why."""
@@ -215,18 +217,40 @@ class _Guarded(BoundedHttp):
             return
         self._phase = (phase, self.cycle)
         self._all.enter(self, phase)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         limits = self._all.limits
         if phase == "header":
-            seconds = limits.header_timeout_s
-            self._timer = self.loop.call_later(seconds, self.end, "slow_header")
+            self._must_end_within(limits.header_timeout_s, "slow_header")
         elif phase == "body":
-            self._timer = self.loop.call_later(limits.body_timeout_s, self.end, "slow_body")
+            self._must_end_within(limits.body_timeout_s, "slow_body")
         elif phase == "idle":
             # uvicorn's is lost where a body goes on arriving after its answer.
-            self._timer = self.loop.call_later(limits.idle_timeout_s, self.transport.close)
+            self._must_end_within(limits.idle_timeout_s, "")
+        else:
+            self._due = math.inf
+
+    def _must_end_within(self, seconds: float, reason: str) -> None:
+        """Set the deadline; without a reason the connection is closed then, and nobody told.
+
+        A timer that rings sooner is kept: phases are many, and most are over long before.
+        """
+        self._due, self._overdue = self.loop.time() + seconds, reason
+        if self._timer is None or self._timer.when() > self._due:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._due, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self.loop.time() >= self._due:
+            if self._overdue:
+                self.end(self._overdue)
+            else:
+                self.transport.close()
+        elif self._due < math.inf:
+            self._set_timer()
 
     def _found_phase(self) -> Phase:
         being_read = 1 if self.reading == "body" else 0

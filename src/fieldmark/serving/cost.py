@@ -11,6 +11,7 @@ class BatchCost:
 
     def __init__(self) -> None:
         self._weight = self._n = self._nn = self._t = self._nt = 0.0
+        self._line = (0.0, 0.0)
 
     @property
     def is_known(self) -> bool:
@@ -24,11 +25,13 @@ class BatchCost:
         self._weight, self._n, self._nn, self._t, self._nt = (
             _MEMORY * old + new for old, new in zip(known, sums, strict=True)
         )
+        self._line = self._fitted()  # once a batch, and not for each forecast
 
     def line(self) -> tuple[float, float]:
         """Return a, seconds for each image, and b, seconds for each batch; zeros if unknown."""
-        if not self.is_known:
-            return 0.0, 0.0
+        return self._line
+
+    def _fitted(self) -> tuple[float, float]:
         through_zero = self._nt / self._nn
         spread = self._nn * self._weight - self._n**2
         if spread <= 1e-9 * self._nn * self._weight:
@@ -43,6 +46,6 @@ class BatchCost:
 
     def seconds(self, num_images: int, max_batch_size: int) -> float:
         """Return how long images take that go through the model in batches, one after another."""
-        slope, level = self.line()
+        slope, level = self._line
         num_batches = -(-num_images // max_batch_size)
         return slope * num_images + level * num_batches

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from python_multipart.multipart import parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from fieldmark.errors import BodyTooLarge
 from fieldmark.serving.compression import inflate
@@ -102,8 +102,14 @@ async def read_body(request: Request, service: Service, max_bytes: int) -> bytes
         )
     body: bytes | bytearray = b""
     try:
-        async for chunk in request.stream():
-            if not chunk:  # as the last one is
+        is_whole = False
+        while not is_whole:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            is_whole = not message.get("more_body", False)
+            chunk = message.get("body", b"")
+            if not chunk:  # as the last one may be
                 continue
             await service.arrivals.add(len(chunk), lambda: "answered" in request.scope["state"])
             if body:

@@ -167,8 +167,7 @@ class Service:
 
         try:
             async with asyncio.timeout_at(_loop_time(deadline)):
-                run = asyncio.get_running_loop().run_in_executor
-                return await run(self._unpacker, unless_late)
+                return await asyncio.wrap_future(self._unpacker.submit(unless_late))
         except TimeoutError:
             raise _too_late() from None
 
@@ -263,7 +262,7 @@ class Service:
         if len(images) == 1:  # without a task of its own, which would cost more than this
             try:
                 async with asyncio.timeout_at(ends_at):
-                    return [await self._one(images[0], deadline, explain)]
+                    return [await self._one(images[0], deadline, explain, at_once=True)]
             except TimeoutError:
                 return [_too_late()]
             except Exception as error:  # noqa: BLE001  # the image's answer
@@ -308,15 +307,16 @@ class Service:
         self.metrics.refused(reason)
         return Busy(message, retry_after_s=max(1, math.ceil(wait_s)), reason=reason)
 
-    async def _one(self, image: bytes | Pixels, deadline: float, explain: bool) -> Answer:
+    async def _one(
+        self, image: bytes | Pixels, deadline: float, explain: bool, at_once: bool = False
+    ) -> Answer:
         if isinstance(image, bytes) and (explain or not self._shares_threads):
             image = await self._decoded(image, deadline)
-        logits = await self.batcher.logits(image, deadline)
+        logits = await self.batcher.logits(image, deadline, at_once)
         if not explain or isinstance(image, bytes):
             return Answer(logits)
         draw = partial(self._draw, image, int(np.argmax(logits)), deadline)
-        run = asyncio.get_running_loop().run_in_executor
-        return Answer(logits, await run(self._explainer, draw))
+        return Answer(logits, await asyncio.wrap_future(self._explainer.submit(draw)))
 
     async def _decoded(self, encoded: bytes, deadline: float) -> Pixels:
         """Decode in a thread once one is free; until then nothing but the caller holds the bytes.

@@ -130,6 +130,22 @@ def test_deadlines_are_of_a_request_and_not_of_its_connection(tiny_package, enco
         assert refused(url) == {}
 
 
+def test_the_deadline_of_a_phase_that_is_over_is_not_the_next_one_s(tiny_package, encode):
+    """One timer serves all: it rings for the shortest, and is set again for what is left."""
+    image = encode("red")
+    limits = {"header_timeout_s": 0.4, "body_timeout_s": 0.4, "idle_timeout_s": 1.2}
+    with Served(tiny_package, **limits) as served, connect(served.url()) as client:
+        for _ in range(2):
+            client.sendall(POST % len(image) + image[:9])
+            time.sleep(0.2)
+            client.sendall(image[9:])
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.7)  # beyond the deadlines of header and body
+        began = time.monotonic()
+        assert client.recv(65536) == b""  # closed, and nothing said
+        assert time.monotonic() - began < 5
+
+
 def test_an_idle_deadline_is_not_one_of_the_next_request(tiny_package, encode):
     image = encode("red")
     with Served(tiny_package, idle_timeout_s=0.5) as served, connect(served.url()) as client:
