@@ -141,6 +141,10 @@ def test_the_deadline_of_a_phase_that_is_over_is_not_the_next_one_s(tiny_package
             client.sendall(image[9:])
             assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
             time.sleep(0.7)  # beyond the deadlines of header and body
+        client.sendall(POST.replace(b"/v1/classify", b"/nothing") % 9 + b"abc")
+        assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
+        time.sleep(0.2)
+        client.sendall(b"abcdef")  # with that uvicorn's timer is gone
         began = time.monotonic()
         assert client.recv(65536) == b""  # closed, and nothing said
         assert time.monotonic() - began < 5
