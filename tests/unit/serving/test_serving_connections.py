@@ -145,9 +145,8 @@ def test_the_deadline_of_a_phase_that_is_over_is_not_the_next_one_s(tiny_package
         assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
         time.sleep(0.2)
         client.sendall(b"abcdef")  # with that uvicorn's timer is gone
-        began = time.monotonic()
+        client.settimeout(5)
         assert client.recv(65536) == b""  # closed, and nothing said
-        assert time.monotonic() - began < 5
 
 
 def test_an_idle_deadline_is_not_one_of_the_next_request(tiny_package, encode):
