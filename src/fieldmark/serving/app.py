@@ -139,12 +139,15 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Show a page on which an image can be tried."""
         return HTMLResponse(PAGE, headers=HEADERS)
 
+    # Some load balancers ask with HEAD.
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", responses=_error_responses(503))
     async def livez() -> AliveBody:
         """Say that the process answers: if it does not, restart it."""
         service.must_live()
         return AliveBody()
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses=_error_responses(503))
     async def readyz() -> ReadyBody:
         """Say that the model is loaded and checked, and the service not ending."""

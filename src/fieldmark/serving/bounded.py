@@ -72,6 +72,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes = 0
         self._silent_bytes = 0  # since the parser last told of anything
         self._has_told = False
+        self._is_broken = False  # what came is no HTTP, so that nothing after it is, either
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _HeadWithBody(transport)))
@@ -84,6 +85,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if self._is_broken:
+            return
         self._has_told, num_bytes = False, len(data)
         while data:
             try:
@@ -92,10 +95,12 @@ class BoundedHttp(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._head_again() + data[upgrade.args[0] :]
             except httptools.HttpParserError:
+                self._is_broken = True
                 self.send_400_response("not HTTP")
                 return
         self._silent_bytes = 0 if self._has_told else self._silent_bytes + num_bytes
         if self._silent_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._is_broken = True
             self.send_400_response("head too long")
 
     def _head_again(self) -> bytes:

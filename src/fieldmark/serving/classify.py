@@ -94,7 +94,8 @@ async def classify(request: Request, service: Service) -> JSONResponse:
             f"at most {service.limits.max_inside // 2} images may be explained in a request. "
             f"Got {len(images.encoded)}."
         )
-    count_images(request, service, len(images.encoded))
+    num_images = len(images.encoded)
+    count_images(request, service, num_images, num_images * (2 if explain else 1), deadline)
     found = await unless_gone(request, service.answers(images.encoded, deadline, explain))
     about = {"model": predictor.model_id, "preprocessing": predictor.preprocessing}
     if not images.is_list:

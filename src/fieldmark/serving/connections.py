@@ -39,6 +39,7 @@ class Connections:
         refused: Callable[[str], None] = lambda reason: None,
         marks: Callable[[str], list[tuple[bytes, bytes]]] = lambda identity: [],
         refusal: Callable[[Scope], bytes | None] = lambda scope: None,
+        count: Callable[[Scope, int], None] = lambda scope, status: None,
     ) -> None:
         """Begin without a connection.
 
@@ -48,11 +49,13 @@ class Connections:
             marks: the id of a request -> the headers that its answer has beside others.
             refusal: what is known of a request once its headers are there -> its answer, if that is
                 known by then.
+            count: is told of each answer that the app knows nothing of.
         """
         self.limits = limits
         self.refused = refused
         self.marks = marks
         self.refusal = refusal
+        self.count = count
         self.max_open = room_for_connections(limits.max_connections)
         # In the order in which they began to: dicts keep it, and forget one of many at once.
         self._reading: dict[_Guarded, float] = {}  # when: the event loop's time
@@ -270,18 +273,22 @@ class _Guarded(BoundedHttp):
     def _say(self, status: int, code: str, message: str) -> None:
         """Answer outside of the app, and close."""
         self._cancel()
-        none: Any = {"path": "", "headers": [], "state": {}}
-        scope: Any = self.cycle.scope if self.reading == "body" else none
+        is_known = self.reading == "body"  # to the app, which counts and logs it
+        headers = self.headers if self.reading == "header" else []
+        read: Any = {"path": "", "method": "", "headers": headers, "state": {}}
+        scope: Any = self.cycle.scope if is_known else read
         state = scope["state"]
         state["answered"], state["reason"] = status, code  # for who counts and logs the request
         identity = state.setdefault("request_id", request_id(Headers(scope=scope)))
         body = json.dumps(error_content(scope["path"], code, message)).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        headers += [one for one in self._all.marks(identity) if one[0] != b"connection"]
+        fields = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        fields += [one for one in self._all.marks(identity) if one[0] != b"connection"]
         if status == 503:
-            headers.append((b"retry-after", b"1"))
-        self.transport.write(raw_reply(status, headers, body))
+            fields.append((b"retry-after", b"1"))
+        self.transport.write(raw_reply(status, fields, body))
         self.transport.close()
+        if not is_known:
+            self._all.count(scope, status)
         # A client that takes nothing would keep what was written, and so the connection.
         self.loop.call_later(self._all.limits.write_timeout_s, self.transport.abort)
 

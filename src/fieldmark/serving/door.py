@@ -35,13 +35,19 @@ class Door:
         await self._app(scope, receive, send)
 
 
-def count_images(request: Request, service: Service, num_images: int) -> None:
-    """Note how many images a request has, and raise Busy where its key may not send them now."""
+def count_images(
+    request: Request, service: Service, num_images: int, num_places: int, deadline: float
+) -> None:
+    """Note how many images a request has, and raise Busy where its key may not send them now.
+
+    What there is no room for is refused first: a key pays for no refusal.
+    """
     state = request.scope.setdefault("state", {})
     state["images"] = num_images
     keys: Keys | None = state.get("keys")
     if keys is None:
         return
+    service.must_have_room(num_places, 0, deadline)
     wait_s = keys.wait_s(state["key"], num_images)
     if wait_s > 0:
         raise service.busy(

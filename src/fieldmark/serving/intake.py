@@ -22,7 +22,9 @@ from fieldmark.serving.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_MAX_PART_HEAD_BYTES = 16_384
+_MAX_PART_HEAD_BYTES = 2_048  # its parser takes time with their square, as for the next
+_MAX_TYPE_BYTES = 1_024  # of a content type; a boundary has 70 at most (RFC 2046, section 5.1.1)
+_LARGE_BYTES = 1_000_000  # of JSON, which takes long enough to be in the way of others
 SPARE_PARTS = 1000  # values in JSON beside images
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 
@@ -72,16 +74,25 @@ async def read_images(request: Request, service: Service) -> Images:
         BodyTooLarge: there are too many bytes.
         Busy: too many bodies are arriving.
         BadBody: the form or the JSON cannot be read, or has no image or too many.
+        Late: the deadline passed before large JSON was read.
     """
     limits = service.limits
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    named = request.headers.get("content-type", "")
+    if len(named) > _MAX_TYPE_BYTES:
+        raise BadBody(
+            f"the content type must have at most {_MAX_TYPE_BYTES} bytes. Got {len(named)}."
+        )
+    kind, options = parse_options_header(named)
     if kind == b"multipart/form-data":
         body = await read_body(request, service, limits.max_request_bytes)
         return _from_form(body, options.get(b"boundary", b""), limits)
     if kind == b"application/json":
         body = await read_body(request, service, limits.max_request_bytes)
         if body.lstrip()[:1] in (b"{", b"["):
-            return _from_json(body, limits)
+            if len(body) <= _LARGE_BYTES:
+                return _from_json(body, limits)
+            unpack = partial(_from_json, body, limits)
+            return await service.apart(unpack, deadline_of(request.headers, limits))
         return Images([body], [None], is_list=False)
     return Images([await read_body(request, service, limits.max_body_bytes)], [None], is_list=False)
 

@@ -28,6 +28,7 @@ from fieldmark.serving.tensors import (
     Inference,
     parse_inference,
     to_body,
+    too_many_images,
 )
 
 _BYTES: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -85,12 +86,14 @@ def make_router(service: Service) -> APIRouter:
     errors: dict[int | str, dict[str, Any]] = {"default": {"model": ProtocolError}}
     router = APIRouter(prefix="/v2", responses=errors)
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> dict[str, bool]:
         """Say that the process answers."""
         service.must_live()
         return {"live": True}
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Say that the model is loaded and checked."""
@@ -149,12 +152,13 @@ def _add_model_routes(router: APIRouter, path: str, service: Service) -> None:
         # While JSON is read nothing else is answered, so that more than one image must be small.
         of_one = 4 * spec.height_px * spec.width_px
         most = min(service.limits.max_images * of_one, max(of_one, MAX_JSON_VALUES)) + SPARE_PARTS
-        asked = parse_inference(body, request.headers.get(LENGTH_HEADER), most)
+        length, max_images = request.headers.get(LENGTH_HEADER), service.limits.max_images
+        asked = parse_inference(body, length, most, max_images)
         if asked.timeout_us is not None:
             deadline = min(deadline, time.monotonic() + asked.timeout_us / 1e6)
-        images = _images(asked, predictor, service.limits.max_images)
+        images = _images(asked, predictor, max_images)
         outputs = _outputs(asked, predictor)
-        count_images(request, service, len(images))
+        count_images(request, service, len(images), len(images), deadline)
         found = await unless_gone(request, service.logits(images, deadline))
         for index, row in enumerate(found):
             if isinstance(row, Exception):
@@ -191,7 +195,7 @@ def _images(asked: Inference, predictor: Predictor, max_images: int) -> list[byt
             f"Got {value.shape}."
         )
     if not 1 <= len(value) <= max_images:
-        raise BadBody(f"a request must have 1 to {max_images} images. Got {len(value)}.")
+        raise too_many_images(len(value), max_images)
     return list(value)
 
 

@@ -1,5 +1,8 @@
 """What the service answers: the bodies, and the one door through which every error leaves."""
 
+import time
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -245,8 +248,14 @@ def error_content(path: str, code: str, message: str) -> dict[str, object]:
 def raw_reply(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
     """Return an answer as HTTP/1.1 writes it, for what is answered outside of the app."""
     fields = b"".join(b"%b: %b\r\n" % one for one in headers)
+    date = _date(int(time.time()))
     line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode()
-    return b"%bcontent-length: %d\r\n%b\r\n%b" % (line, len(body), fields, body)
+    return b"%bdate: %b\r\ncontent-length: %d\r\n%b\r\n%b" % (line, date, len(body), fields, body)
+
+
+@lru_cache(1)
+def _date(seconds: int) -> bytes:
+    return formatdate(seconds, usegmt=True).encode()
 
 
 def _reply(

@@ -32,7 +32,7 @@ from fieldmark.runtime.memory import share_one_heap
 from fieldmark.serving.app import create_app
 from fieldmark.serving.connections import Connections
 from fieldmark.serving.cost import BatchCost
-from fieldmark.serving.identity import marks
+from fieldmark.serving.identity import count, marks
 from fieldmark.serving.keys import Keys
 from fieldmark.serving.limits import Limits
 from fieldmark.serving.predictor import Predictor, open_predictor, unless_slower
@@ -266,6 +266,7 @@ class _Server(uvicorn.Server):
             service.metrics.refused,
             partial(marks, service),
             Shedding(service, keys).refusal,
+            partial(count, service, seconds=0.0),
         )
         service.arrivals.end_slowest = connections.end_slowest_body
         service.metrics.gauge("connections", "Open connections.", lambda: len(connections))

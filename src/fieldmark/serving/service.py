@@ -279,7 +279,8 @@ class Service:
         return [_outcome(task) for task in tasks]
 
     def must_have_room(self, num_images: int, num_bytes: int, deadline: float) -> None:
-        """Raise Busy where images cannot be taken now; errors as `logits`."""
+        """Raise Busy where images cannot be taken now, NotAlive where none will be answered."""
+        self.must_live()
         limits, predicted = self.limits, self.predicted_s(num_images)
         left = deadline - time.monotonic()
         if self._num_inside + num_images > limits.max_inside:
@@ -376,8 +377,7 @@ class Service:
         gauge("images_inside", "Images waiting or in work.", lambda: self._num_inside)
         gauge("bytes_arriving", "Of bodies being read.", lambda: self.arrivals.num_bytes)
         gauge("batch_max_images", "Most in a batch.", lambda: self.limits.largest_batch)
-        waiting = of_batcher(lambda batcher: batcher.num_waiting)
-        gauge("queue_images", "Images waiting for the model.", waiting)
+        gauge("queue_images", "Images waiting for the model.", of_batcher(lambda b: b.num_waiting))
         oldest = of_batcher(lambda batcher: batcher.oldest_s())
         gauge("queue_age_seconds", "How long the first of them has waited.", oldest)
 

@@ -14,7 +14,7 @@ from fieldmark.serving.classify import PATH
 from fieldmark.serving.identity import count, marks
 from fieldmark.serving.intake import deadline_of, request_id
 from fieldmark.serving.keys import BadKey, Keys
-from fieldmark.serving.replies import BadQuery, Busy, NotReady, error_content, raw_reply
+from fieldmark.serving.replies import BadQuery, Busy, NotAlive, NotReady, error_content, raw_reply
 from fieldmark.serving.service import Service
 
 # Paths beside PATH that want the model, each with the route that the metrics name.
@@ -63,7 +63,7 @@ class Shedding:
             ]
             content = error_content(scope["path"], error.code, str(error))
             return raw_reply(error.http_status, fields, json.dumps(content).encode())
-        except (BadKey, BadQuery, NotReady):
+        except (BadKey, BadQuery, NotReady, NotAlive):
             pass  # the app says so in its turn
         return None
 

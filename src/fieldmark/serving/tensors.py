@@ -18,6 +18,7 @@ from fieldmark.serving.replies import BadBody, shown
 LENGTH_HEADER = "inference-header-content-length"
 _KINDS = {"dict": "an object", "list": "a list", "str": "a string"}
 _MAX_SIDES = 8  # of a shape
+_MAX_TENSORS = 16  # of inputs or outputs; no model has as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Inference:
     timeout_us: int | None = None
 
 
-def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inference:
+def parse_inference(body: bytes, length: str | None, max_parts: int, max_images: int) -> Inference:
     """Return the request in a body.
 
     Args:
@@ -48,6 +49,7 @@ def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inferenc
             tensors. None: all is JSON. "0": the body is one encoded image, and the outputs are
             binary.
         max_parts: values that the JSON may have, before it becomes objects.
+        max_images: elements that a tensor of BYTES may have, before they become objects.
 
     Raises:
         BadBody: it does not follow the protocol.
@@ -69,17 +71,17 @@ def parse_inference(body: bytes, length: str | None, max_parts: int) -> Inferenc
     parameters = _typed(told.get("parameters", {}), dict, "parameters")
     cursor = _Cursor(body[end:])
     inputs = {}
-    for tensor in _typed(told.get("inputs"), list, "inputs"):
+    for tensor in _few(told.get("inputs"), "inputs"):
         name = _typed(_typed(tensor, dict, "an input").get("name"), str, "name of an input")
         if name in inputs:
             raise BadBody(f"inputs must have different names. Got {shown(name)} twice.")
-        inputs[name] = _input(name, tensor, cursor)
+        inputs[name] = _input(name, tensor, cursor, max_images)
     if cursor.num_left:
         raise BadBody(f"the body must end with its tensors. {cursor.num_left} bytes are left.")
     is_binary = _flag(parameters, "binary_data_output", default=False)
     outputs = None
     if told.get("outputs"):
-        outputs = [_asked(item, is_binary) for item in _typed(told["outputs"], list, "outputs")]
+        outputs = [_asked(item, is_binary) for item in _few(told["outputs"], "outputs")]
         if len({output.name for output in outputs}) < len(outputs):
             raise BadBody("outputs must have different names. One is there twice.")
     identity = told.get("id")
@@ -126,7 +128,7 @@ class _Cursor:
 
 
 def _input(
-    name: str, tensor: Mapping[str, Any], cursor: _Cursor
+    name: str, tensor: Mapping[str, Any], cursor: _Cursor, max_images: int
 ) -> npt.NDArray[np.uint8] | list[bytes]:
     kind = _typed(tensor.get("datatype"), str, f"datatype of {shown(name)}")
     shape = _typed(tensor.get("shape"), list, f"shape of {shown(name)}")
@@ -140,10 +142,13 @@ def _input(
     if (raw is None) == ("data" not in tensor):
         raise BadBody(f"input {shown(name)} must have either data or binary_data_size.")
     if kind == "BYTES":
-        elements = _texts(name, tensor["data"]) if raw is None else _elements(name, raw)
-        if len(elements) != prod(sides):
+        count = prod(sides)
+        if count > max_images:
+            raise too_many_images(count, max_images)
+        elements = _texts(name, tensor["data"]) if raw is None else _elements(name, raw, count)
+        if len(elements) != count:
             raise BadBody(
-                f"input {shown(name)} must have {prod(sides)} elements for its shape. "
+                f"input {shown(name)} must have {count} elements for its shape. "
                 f"Got {len(elements)}."
             )
         return elements
@@ -189,21 +194,30 @@ def _texts(name: str, data: Any) -> list[bytes]:
     return found
 
 
-def _elements(name: str, raw: bytes) -> list[bytes]:
+def _elements(name: str, raw: bytes, count: int) -> list[bytes]:
     """Return the elements of binary BYTES: each behind its length, uint32, little-endian."""
-    found, place = [], 0
-    while place < len(raw):
-        if len(raw) - place < 4:
-            break
-        (size,) = struct.unpack_from("<I", raw, place)
+    found: list[bytes] = []
+    place = 0
+    while place < len(raw) and len(found) < count:
+        (size,) = struct.unpack_from("<I", raw, place) if len(raw) - place >= 4 else (len(raw),)
         place += 4
         if size > len(raw) - place:
-            break
+            raise BadBody(
+                f"input {shown(name)} must be elements behind their lengths. It is cut off."
+            )
         found.append(raw[place : place + size])
         place += size
-    else:
-        return found
-    raise BadBody(f"input {shown(name)} must be elements behind their lengths. It is cut off.")
+    if place < len(raw):
+        raise BadBody(
+            f"input {shown(name)} must have {count} elements for its shape. "
+            f"{len(raw) - place} bytes are left."
+        )
+    return found
+
+
+def too_many_images(count: int, most: int) -> BadBody:
+    """Return the error of a request that has none or too many."""
+    return BadBody(f"a request must have 1 to {most} images. Got {count}.")
 
 
 def _asked(item: Any, is_binary: bool) -> Asked:
@@ -214,6 +228,13 @@ def _asked(item: Any, is_binary: bool) -> Asked:
         classification=_count(parameters.get("classification", 0), "classification"),
         is_binary=_flag(parameters, "binary_data", default=is_binary),
     )
+
+
+def _few(value: Any, what: str) -> list[Any]:
+    found: list[Any] = _typed(value, list, what)
+    if len(found) > _MAX_TENSORS:
+        raise BadBody(f"{what} must be at most {_MAX_TENSORS}. Got {len(found)}.")
+    return found
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:

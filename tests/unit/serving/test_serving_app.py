@@ -494,8 +494,42 @@ def test_json_of_many_values_and_odd_headers_are_no_failures(client):
     assert reply.status_code in (400, 413)
     form = {"content-type": f"multipart/form-data; boundary={'b' * 300}"}
     assert_error(client.post(URL, content=b"--x", headers=form), 400, "bad_body", "form")
+    form = {"content-type": 'multipart/form-data; boundary=b; x="' + ";" * 1000}
+    assert_error(client.post(URL, content=b"--b--", headers=form), 400, "bad_body", "1024 bytes")
     for accept in ("text/plain;version=x", "application/openmetrics-text;version=", "*/*;q=z"):
         assert client.get("/metrics", headers={"accept": accept}).status_code == 200
+
+
+def test_the_head_of_a_part_is_short(client, encode):
+    """Its parser takes time with the square of it."""
+    for length, status in ((1000, 200), (3000, 400)):
+        name = 'form-data; name="' + ";" * length + '"'
+        body = f"--b\r\nContent-Disposition: {name}\r\n\r\n".encode() + encode("red")
+        form = {"content-type": "multipart/form-data; boundary=b"}
+        reply = client.post(URL, content=body + b"\r\n--b--\r\n", headers=form)
+        assert reply.status_code == status
+
+
+def test_large_json_is_read_apart(make_predictor, encode):
+    app = create_app(make_predictor())
+    apart, seen = app.state.service.apart, []
+
+    async def counted(call, deadline):
+        seen.append(call)
+        return await apart(call, deadline)
+
+    app.state.service.apart = counted
+    client = TestClient(app)
+    image = encode("red") + bytes(1_000_000)
+    asked = {"images": [base64.b64encode(image).decode(), base64.b64encode(b"no").decode()]}
+    results = client.post(URL, json=asked).json()["results"]
+    assert [one["status"] for one in results] == [200, 422]
+    asked["images"][0] = "!" + asked["images"][0]
+    assert_error(client.post(URL, json=asked), 400, "bad_body", "images[0] must be base64")
+    assert len(seen) == 2
+    asked["images"] = [base64.b64encode(encode("red")).decode()]
+    assert client.post(URL, json=asked).status_code == 200
+    assert len(seen) == 2
 
 
 def test_a_model_that_hangs_is_not_ready(make_predictor, encode):
@@ -514,11 +548,12 @@ def test_a_model_that_hangs_is_not_ready(make_predictor, encode):
             await asyncio.sleep(0.5)
             paths = ("/livez", "/readyz", "/v2/health/ready", "/v2/models/model/ready")
             replies = [await client.get(path) for path in paths]
+            replies.append(await client.post(URL, content=encode("red")))  # and is not waited for
             release.set()
             assert (await work).status_code == 200
             return [(reply.status_code, reply.headers["retry-after"]) for reply in replies]
 
-    assert asyncio.run(probe()) == [(503, "1")] * 4
+    assert asyncio.run(probe()) == [(503, "1")] * 5
 
 
 def test_bytes_that_nobody_waits_for_are_not_kept(make_predictor, encode):

@@ -1,6 +1,7 @@
 """bounded.py: no head without end, whatever framing a client invents; many requests at once."""
 
 import re
+import signal
 import socket
 import threading
 import time
@@ -134,7 +135,7 @@ def test_the_head_of_an_answer_without_a_body_is_sent(address):
         for _ in range(2):
             client.sendall(b"HEAD /livez HTTP/1.1\r\nHost: here\r\n\r\n")
             answer = client.recv(65536)
-            assert answer.startswith(b"HTTP/1.1 405 ")
+            assert answer.startswith(b"HTTP/1.1 200 ")
             assert answer.endswith(b"\r\n\r\n")
 
 
@@ -159,6 +160,43 @@ def test_a_body_that_breaks_gets_no_answer_of_another_request(address, encode, p
         while chunk := client.recv(65536):
             found += chunk
         assert statuses(found) == [b"404" if path == b"/nothing" else b"400"]
+
+
+SLOW = """
+    import json, sys, time
+    from fieldmark.serving import server
+    from fieldmark.serving.limits import Limits
+    warm_up = server.warm_up
+    def slow(predictor, *rest):
+        warm_up(predictor, *rest)
+        predict = predictor.predict
+        def wait(pixels):
+            time.sleep(0.7)
+            return predict(pixels)
+        object.__setattr__(predictor, "predict", wait)
+        object.__setattr__(predictor, "alone", None)
+    server.warm_up = slow
+    server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
+"""
+
+
+def test_what_follows_a_broken_body_does_not_cost_the_answers_before_it(tiny_package, encode):
+    image = encode("red")
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nnot a length\r\n"
+    with Served(tiny_package, script=SLOW) as served:
+        with socket.create_connection(served.address(), timeout=20) as client:
+            client.sendall(whole + whole)
+            client.sendall(chunked)
+            found = b""
+            for _ in range(3):  # while the first is in the model, and once it is answered
+                time.sleep(0.3)
+                client.sendall(b"and more\r\n")
+            while chunk := client.recv(65536):
+                found += chunk
+        assert statuses(found) == [b"200", b"200"]
+        assert served.end(signal.SIGTERM) == 0
+        assert served.rest == ""
 
 
 def test_who_speaks_http_1_0_is_answered_once(address):

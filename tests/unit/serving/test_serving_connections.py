@@ -163,15 +163,20 @@ def test_an_idle_deadline_is_not_one_of_the_next_request(tiny_package, encode):
 def test_junk_is_a_400_that_a_program_can_read(tiny_package):
     with Served(tiny_package) as served:
         url = served.url()
-        for junk in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nHost here\r\n\r\n"):
+        named = b"GET / HTTP/1.1\r\nX-Request-Id: mine-1\r\nAccept: a\r\nHost here\r\n\r\n"
+        for junk in (b"\x16\x03\x01 hello\r\n\r\n", named):
             with connect(url) as client:
                 client.sendall(junk)
                 answer = all_of(client)
                 assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
                 assert b'"code": "bad_http"' in answer
-                assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", answer)
+                identity = b"mine-1" if junk == named else b"[0-9a-f]{32}"
+                assert re.search(rb"\r\nx-request-id: " + identity + rb"\r\n", answer)
+                assert re.search(rb"\r\ndate: \w{3}, [^\r]* GMT\r\n", answer)
                 assert re.search(rb"\r\nx-model-id: [0-9a-f]{64}\r\n", answer)
         assert refused(url) == {"bad_http": 2}
+        of = 'reason="bad_http",route="other",status="400"'
+        assert f"fieldmark_requests_total{{{of}}} 2.0" in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize("kind", ["silent", "header", "body"])

@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -15,6 +16,8 @@ from fieldmark.errors import BodyTooLarge
 from fieldmark.serving.app import create_app
 from fieldmark.serving.compression import inflate
 from fieldmark.serving.limits import Limits
+from fieldmark.serving.replies import BadBody
+from fieldmark.serving.tensors import parse_inference
 
 INFER = "/v2/models/model/infer"
 LENGTH = "inference-header-content-length"
@@ -287,6 +290,34 @@ def test_binary_elements_that_are_cut_off(client, raw):
     assert_error(reply, 400, "cut off")
     more = client.post(INFER, content=head + raw + b"x", headers={LENGTH: str(len(head))})
     assert more.status_code == 400
+
+
+@pytest.mark.parametrize(("shape", "words"), [(1_000_000, "1 to 32 images"), (1, "are left")])
+def test_elements_that_are_too_many_are_not_made(shape, words):
+    """They would be, one by one, while nothing else is answered."""
+    raw = b"\1\0\0\0x" * 1_000_000
+    size = {"binary_data_size": len(raw)}
+    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [shape], "parameters": size}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadBody, match=words):
+            parse_inference(head + raw, str(len(head)), 1000, 32)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("what", ["inputs", "outputs"])
+def test_tensors_that_are_too_many_are_refused(client, what):
+    tensors = [{"name": f"t{k}", "datatype": "BYTES", "shape": [0], "data": []} for k in range(17)]
+    asked = {"inputs": tensors[:1], what: tensors}
+    assert_error(client.post(INFER, json=asked), 400, f"{what} must be at most 16. Got 17")
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/livez", "/readyz"])
+def test_health_is_told_to_who_asks_with_head(client, path):
+    assert client.head(path).status_code == 200
 
 
 def test_a_bad_image_is_named(client, encode):

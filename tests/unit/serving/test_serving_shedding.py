@@ -12,10 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from fieldmark.serving.app import create_app
+from fieldmark.serving.door import count_images
 from fieldmark.serving.keys import Keys, add_key
 from fieldmark.serving.limits import Limits
+from fieldmark.serving.replies import Busy
 from fieldmark.serving.server import _Server, listen
 from fieldmark.serving.service import Service
 from fieldmark.serving.shedding import Shedding
@@ -56,6 +59,20 @@ def full(make_predictor, encode):
         return asyncio.run(probe())
 
     return run
+
+
+def test_what_there_is_no_room_for_is_not_taken_from_what_a_key_may_send(full, tmp_path):
+    key = add_key(tmp_path / "keys.json", "shop", images_per_minute=1)
+    keys = Keys(tmp_path / "keys.json")
+    assert keys.name_of({"authorization": f"Bearer {key}"}) == "shop"
+
+    def use(service):
+        request = Request(asked() | {"state": {"key": "shop", "keys": keys}})
+        with pytest.raises(Busy, match="may wait"):
+            count_images(request, service, 1, 1, math.inf)
+        return keys.wait_s("shop", 1)
+
+    assert full(use) == 0
 
 
 @pytest.mark.parametrize(
