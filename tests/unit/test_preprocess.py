@@ -167,6 +167,21 @@ def test_damaged_exif_text_in_a_png_does_not_cost_the_image():
     assert decode(encode(noise(12, 8), "PNG", pnginfo=info)).size == (12, 8)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("space", ["LAB", "XYZ", "sRGB", None])
+def test_a_colour_profile_changes_no_pixel(format, space):
+    """Training ignores them, so serving does: also those that are not what they should be."""
+    from PIL import ImageCms
+
+    profile = b"no profile"
+    if space is not None:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
+    image = noise(12, 8)
+    plain, profiled = encode(image, format), encode(image, format, icc_profile=profile)
+    assert Image.open(io.BytesIO(profiled)).info["icc_profile"] == profile
+    assert np.array_equal(np.asarray(decode(profiled)), np.asarray(decode(plain)))
+
+
 # --- 8-bit RGB ---
 
 

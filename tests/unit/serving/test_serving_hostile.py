@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -43,7 +44,7 @@ class Neighbours:
         self.num_answers, self.wrong = 0, []
 
     def __enter__(self):
-        self._threads = [threading.Thread(target=self._ask) for _ in range(2)]
+        self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
         for thread in self._threads:
             thread.start()
         return self
@@ -69,7 +70,8 @@ class Neighbours:
 
 @pytest.fixture
 def served(tiny_package):
-    with Served(tiny_package, max_pixels=20_000_000, timeout_s=60) as one:
+    # Batches wait to fill, so that what is hostile meets what is good.
+    with Served(tiny_package, max_pixels=20_000_000, timeout_s=60, max_wait_s=0.02) as one:
         yield one
 
 
@@ -114,6 +116,10 @@ def test_hundreds_of_hostile_files_harm_nobody(served, tiny_package):
         assert [found for found in pool.map(alone, files) if found] == []
         batches = [files[k : k + 20] for k in range(0, len(files), 20)]
         assert [found for some in pool.map(many, batches) for found in some] == []
+    page = httpx.get(f"{url}/metrics").text
+    # Of the neighbours alone no batch has more than there are of them.
+    found = dict(re.findall(r'(?m)^fieldmark_batch_images_bucket\{le="([^"]+)"\} (\S+)$', page))
+    assert float(found["+Inf"]) > float(found["4.0"])
     assert_unharmed(served, url, neighbours)
 
 

@@ -47,11 +47,13 @@ def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
     expected, of_pixels = predictor.predict(decoded), predictor.predict(pixels)
     found = answer["found"]
     ways = {"binary", "json output", "gzip", "deflate", "gzip reply", "deflate reply", "version"}
-    for name in ways | {"async", "aio", "aio gzip", "aio gzip reply"}:
+    ways |= {f"aio {name}" for name in ("gzip", "deflate", "gzip reply", "deflate reply")}
+    for name in ways | {"async", "aio", "json input", "aio json input"}:
         assert np.array_equal(np.float32(found[name]), expected), name
-    for name in ("pixels", "pixels in json", "aio pixels"):
+    packed = {"pixels, gzip", "pixels in json, gzip"}
+    for name in packed | {"pixels", "pixels in json", "aio pixels", "aio pixels in json"}:
         assert np.array_equal(np.float32(found[name]), of_pixels), name
-    for name in ("classes True", "classes False"):
+    for name in [f"{aio}classes {binary}" for aio in ("", "aio ") for binary in (True, False)]:
         best = [row[0].split(":")[1:] for row in found[name]]
         assert best == [["0", "red"], ["2", "blue"], ["1", "green"]]
         assert all(len(row) == 2 for row in found[name])
@@ -63,10 +65,10 @@ def test_tritonclient_works_unchanged(tiny_package, tmp_path, encode):
     statuses = {name: status for name, (status, _) in answer["errors"].items()}
     assert statuses == {
         **dict.fromkeys(["model", "version", "metadata", "aio model"], "404"),
-        **dict.fromkeys(["shape", "output"], "400"),
-        "image": "422",
+        **dict.fromkeys(["shape", "output", "aio shape"], "400"),
+        **dict.fromkeys(["image", "aio image"], "422"),
         "large": "413",
-        "timeout": "504",
+        **dict.fromkeys(["timeout", "aio timeout"], "504"),
     }
     assert answer["errors"]["image"][1].startswith("image must")
 

@@ -4,6 +4,7 @@ Prints one JSON object: the logits that each way of asking gave, and the errors.
 """
 
 import asyncio
+import base64
 import json
 import sys
 from pathlib import Path
@@ -18,9 +19,13 @@ ENCODED = np.array([Path(name).read_bytes() for name in FILES], dtype=object)
 SIDE = 16
 
 
-def encoded(module):
+def encoded(module, binary=True):
+    """In JSON, BYTES are base64: tritonclient takes text alone there."""
+    values = ENCODED
+    if not binary:
+        values = np.array([base64.b64encode(one).decode() for one in ENCODED], dtype=object)
     tensor = module.InferInput("encoded", [len(ENCODED)], "BYTES")
-    return [tensor.set_data_from_numpy(ENCODED)]
+    return [tensor.set_data_from_numpy(values, binary_data=binary)]
 
 
 def pixels(module, binary):
@@ -35,6 +40,10 @@ def error_of(call):
     except InferenceServerException as error:
         return [error.status(), error.message()]
     return None
+
+
+def readable(texts):
+    return [[text.decode() if isinstance(text, bytes) else text for text in row] for row in texts]
 
 
 def synchronous():
@@ -59,18 +68,19 @@ def synchronous():
         "gzip reply": {"inputs": encoded(sync), "response_compression_algorithm": "gzip"},
         "deflate reply": {"inputs": encoded(sync), "response_compression_algorithm": "deflate"},
         "version": {"inputs": encoded(sync), "model_version": version},
+        "json input": {"inputs": encoded(sync, binary=False)},
     }.items():
         found[name] = client.infer(MODEL, **options).as_numpy("logits").tolist()
     for name, binary in (("pixels", True), ("pixels in json", False)):
         found[name] = client.infer(MODEL, pixels(sync, binary)).as_numpy("logits").tolist()
+        packed = client.infer(MODEL, pixels(sync, binary), request_compression_algorithm="gzip")
+        found[f"{name}, gzip"] = packed.as_numpy("logits").tolist()
     for binary in (True, False):
         output = sync.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)
         reply = client.infer(MODEL, encoded(sync), outputs=[output], request_id="seven")
         assert reply.get_response()["id"] == "seven"
         texts = reply.as_numpy("probabilities")
-        found[f"classes {binary}"] = [
-            [text.decode() if isinstance(text, bytes) else text for text in row] for row in texts
-        ]
+        found[f"classes {binary}"] = readable(texts)
     waiting = [client.async_infer(MODEL, encoded(sync)) for _ in range(4)]
     found["async"] = [item.get_result().as_numpy("logits").tolist() for item in waiting][-1]
     bad = sync.InferInput("encoded", [1], "BYTES")
@@ -97,23 +107,47 @@ def synchronous():
 async def asynchronous():
     async with aio.InferenceServerClient(URL) as client:
         assert await client.is_server_live()
+        assert await client.is_server_ready()
         assert await client.is_model_ready(MODEL)
+        assert (await client.get_server_metadata())["name"] == "fieldmark"
+        assert (await client.get_model_metadata(MODEL))["name"] == MODEL
         found = {}
         for name, options in {
             "aio": {},
             "aio gzip": {"request_compression_algorithm": "gzip"},
+            "aio deflate": {"request_compression_algorithm": "deflate"},
             "aio gzip reply": {"response_compression_algorithm": "gzip"},
+            "aio deflate reply": {"response_compression_algorithm": "deflate"},
         }.items():
             reply = await client.infer(MODEL, encoded(aio), **options)
             found[name] = reply.as_numpy("logits").tolist()
-        reply = await client.infer(MODEL, pixels(aio, False))
-        found["aio pixels"] = reply.as_numpy("logits").tolist()
-        try:
-            await client.infer("nobody", encoded(aio))
-        except InferenceServerException as error:
-            return found, [error.status(), error.message()]
+        reply = await client.infer(MODEL, encoded(aio, binary=False))
+        found["aio json input"] = reply.as_numpy("logits").tolist()
+        for name, binary in (("aio pixels", True), ("aio pixels in json", False)):
+            reply = await client.infer(MODEL, pixels(aio, binary))
+            found[name] = reply.as_numpy("logits").tolist()
+        for binary in (True, False):
+            output = aio.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)
+            reply = await client.infer(MODEL, encoded(aio), outputs=[output])
+            found[f"aio classes {binary}"] = readable(reply.as_numpy("probabilities"))
+        bad = aio.InferInput("encoded", [1], "BYTES")
+        bad.set_data_from_numpy(np.array([b"no image"], dtype=object))
+        wrong = aio.InferInput("images", [1, 3, 3, 3], "UINT8")
+        wrong.set_data_from_numpy(np.zeros((1, 3, 3, 3), np.uint8))
+        errors = {}
+        for name, call in {
+            "aio model": client.infer("nobody", encoded(aio)),
+            "aio image": client.infer(MODEL, [bad]),
+            "aio shape": client.infer(MODEL, [wrong]),
+            "aio timeout": client.infer(MODEL, encoded(aio), timeout=1),
+        }.items():
+            try:
+                await call
+            except InferenceServerException as error:
+                errors[name] = [error.status(), error.message()]
+        return found, errors
 
 
 about, found, errors = synchronous()
-more, errors["aio model"] = asyncio.run(asynchronous())
-print(json.dumps({"about": about, "found": found | more, "errors": errors}))
+more, more_errors = asyncio.run(asynchronous())
+print(json.dumps({"about": about, "found": found | more, "errors": errors | more_errors}))
