@@ -180,6 +180,7 @@ SLOW = """
 """
 
 
+@pytest.mark.slow
 def test_what_follows_a_broken_body_does_not_cost_the_answers_before_it(tiny_package, encode):
     image = encode("red")
     whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(image) + image
