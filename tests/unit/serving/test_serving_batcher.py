@@ -351,3 +351,27 @@ def test_a_service_that_was_slow_once_learns_from_lone_images_that_it_no_longer_
     refused = asyncio.run(go())
     assert refused[0] > 0
     assert refused[-1] == 0
+
+
+def test_lone_images_take_back_what_slow_ones_taught_and_no_more(make_predictor):
+    """Alone an image may be sooner than others will be, so that it says nothing beyond that."""
+
+    class Known(BatchCost):
+        def seconds(self, num_images, most):
+            return 0.2 * num_images
+
+    one = make_predictor(lambda pixels: np.zeros((len(pixels), 3), np.float32))
+
+    async def go():
+        service = Service(one, Limits(), Known())
+        service._slowness = 1.05
+        pixels, found = np.zeros((16, 16, 3), np.uint8), []
+        for _ in range(60):
+            await service.answers([pixels], math.inf)
+            found.append(service._slowness)
+        service.close()
+        return found
+
+    found = asyncio.run(go())
+    assert found[0] < 1.05
+    assert 0.99 < found[-1] <= 1
