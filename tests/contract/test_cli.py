@@ -312,6 +312,7 @@ def test_torchscript_is_exported_and_verified_too(
     assert best[0]["probability"] == pytest.approx(best[2]["probability"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "note", "operator"),
     [
@@ -369,6 +370,7 @@ def test_class_maps_of_a_network_that_has_none_are_refused(
     assert (copy / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_class_maps_are_exported_and_told(run: Cli, tmp_path: Path) -> None:
     import torch
 
@@ -477,6 +479,7 @@ def test_a_state_dict_becomes_a_package(run: Cli, tmp_path: Path, tiny_images: P
     assert "test" in facts["metrics"]  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_augment_draws_what_training_will_see(run: Cli, in_empty_folder: Path) -> None:
     from PIL import Image
 

@@ -150,6 +150,7 @@ class Session:
         return [np.zeros((len(feed["images"]), 4), np.float32)]
 
 
+@pytest.mark.slow
 def test_the_speed_is_that_of_the_second_over_the_first() -> None:
     pixels = np.zeros((4, 8, 8, 3), np.uint8)
     slow, fast = Session(0.03), Session(0.003)

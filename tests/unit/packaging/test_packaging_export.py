@@ -136,6 +136,7 @@ def test_weights_that_no_single_file_holds_are_refused(
         export_onnx(made.module, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_module_in_training_mode_with_unequal_sides_is_exported_in_eval_mode_in_silence(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_module_in_training_mode_with_unequal_sides_is_exported_in_eval_mode_i
     torch.testing.assert_close(loaded(images), module(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.ReLU()])
 def test_openvino_keeps_an_activation_behind_a_pooling(activation: nn.Module) -> None:
     torch.manual_seed(0)

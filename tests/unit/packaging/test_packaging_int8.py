@@ -95,6 +95,7 @@ def test_layers_left_in_float_run_in_float(quantizer: StaticQuantizer, tmp_path:
     assert whole["QLinearConv"] == sum(layer != "fc" for layer in quantizer.layers)
 
 
+@pytest.mark.slow
 def test_a_feature_map_beside_the_logits_leaves_all_layers_in_integers(
     made: Made, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def _run_and_die(step: int, change: Callable[[], object]) -> bool:
     return status == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])  # of one file, and of two
 def test_killed_at_any_step_a_change_leaves_the_old_or_the_new(
     folder: Path, tmp_path: Path, kind: VariantKind
@@ -156,6 +157,7 @@ def test_a_disk_that_fills_up_within_a_file_leaves_the_old(folder: Path) -> None
     assert _names(folder) == {"manifest.json", *after.manifest.files}
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_replacing_leaves_the_old_or_the_new(
     folder: Path, made: Made, tmp_path: Path
 ) -> None:

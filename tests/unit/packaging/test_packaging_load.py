@@ -148,6 +148,7 @@ def test_openvino_weights_that_do_not_fit_are_one_sentence(
         open_variant(package, "openvino")
 
 
+@pytest.mark.slow
 def test_openvino_of_another_shape_is_refused(folder: Path, made: Made) -> None:
     exported = export_openvino(made.module, SIDE_PX, SIDE_PX + 32)
     package = add_export(folder, "openvino", exported)

@@ -30,6 +30,7 @@ def _with_norms(name: str) -> InferenceModule:
     return InferenceModule(network, SPEC.mean, SPEC.std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side_px", "operators"),
     [
@@ -66,6 +67,7 @@ def test_a_graph_is_what_the_network_does_and_no_more(
     assert all(names)
 
 
+@pytest.mark.slow
 def test_folded_norms_of_airnet_are_not_the_identity() -> None:
     module = _with_norms("airnet")
     graph = onnx.load_from_string(export_onnx(module, 32, 32).data).graph

@@ -93,6 +93,7 @@ def test_a_body_that_drips_ends_with_408(tiny_package, encode):
         assert refused(url)["slow_body"] >= 1
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_takes_ends_the_connection(tiny_package):
     with Served(tiny_package, write_timeout_s=0.5) as served:
         url = served.url()
@@ -130,6 +131,7 @@ def test_deadlines_are_of_a_request_and_not_of_its_connection(tiny_package, enco
         assert refused(url) == {}
 
 
+@pytest.mark.slow
 def test_the_deadline_of_a_phase_that_is_over_is_not_the_next_one_s(tiny_package, encode):
     """One timer serves all: it rings for the shortest, and is set again for what is left."""
     image = encode("red")

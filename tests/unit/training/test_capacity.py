@@ -171,6 +171,7 @@ def test_the_largest_batch_is_found_by_bisection(most: int) -> None:
     assert len(gpu.tried) <= 8
 
 
+@pytest.mark.slow
 def test_a_full_gpu_is_explained_after_its_tensors_are_gone() -> None:
     import weakref
 

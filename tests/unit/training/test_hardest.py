@@ -46,6 +46,7 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
+@pytest.mark.slow
 def test_the_small_network_freezes_its_stem_as_the_large_one_does(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_the_small_network_freezes_its_stem_as_the_large_one_does(
         assert made[-1].whiten.bias.requires_grad == learns
 
 
+@pytest.mark.slow
 def test_half_of_each_update_trains_and_it_is_the_harder_half(
     tmp_path: Path, settings: list[str]
 ) -> None:

@@ -266,6 +266,7 @@ def test_a_loss_that_is_never_finite_is_one_sentence() -> None:
     assert same(everything(rule), before)
 
 
+@pytest.mark.slow
 def test_the_verb_draws_reports_and_leaves_no_run(
     in_empty_folder: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
