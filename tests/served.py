@@ -15,6 +15,25 @@ SERVE = """
     serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
 """
 
+# Each batch takes 0.4 s, and is told of on stderr as it begins.
+SLOW = """
+    import json, sys, time
+    from fieldmark.serving import server
+    from fieldmark.serving.limits import Limits
+    warm_up = server.warm_up
+    def slowed(predictor, *rest):
+        warm_up(predictor, *rest)
+        predict = predictor.predict
+        def wait(pixels):
+            print("in the model", file=sys.stderr, flush=True)
+            time.sleep(0.4)
+            return predict(pixels)
+        object.__setattr__(predictor, "predict", wait)
+        object.__setattr__(predictor, "alone", None)
+    server.warm_up = slowed
+    server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
+"""
+
 
 class Served:
     """The process, and the one line that it prints when it is ready."""

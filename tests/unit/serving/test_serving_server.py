@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
-from served import Served
+from served import SLOW, Served
 
 from fieldmark.errors import CheckFailed, ConfigError, PackageError
 from fieldmark.serving.cost import BatchCost
@@ -139,25 +139,6 @@ def test_alive_but_not_ready_while_the_model_loads(tiny_package, tmp_path):
                 time.sleep(0.02)
         assert served.url() == url  # the line comes when it is ready
         assert served.end(signal.SIGINT) == 0
-
-
-SLOW = """
-    import json, sys, time
-    from fieldmark.serving import server
-    from fieldmark.serving.limits import Limits
-    warm_up = server.warm_up
-    def slowed(predictor, *rest):
-        warm_up(predictor, *rest)
-        predict = predictor.predict
-        def wait(pixels):
-            print("in the model", file=sys.stderr, flush=True)
-            time.sleep(0.4)
-            return predict(pixels)
-        object.__setattr__(predictor, "predict", wait)
-        object.__setattr__(predictor, "alone", None)
-    server.warm_up = slowed
-    server.serve(sys.argv[1], port=0, limits=Limits(**json.loads(sys.argv[2])))
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
