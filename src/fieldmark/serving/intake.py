@@ -22,7 +22,7 @@ from fieldmark.serving.service import Service
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # as Ray Serve names it
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_MAX_PART_HEAD_BYTES = 2_048  # its parser takes time with their square, as for the next
+_MAX_PART_HEAD_BYTES = 2_048  # its parser takes long over odd ones, as over the next
 _MAX_TYPE_BYTES = 1_024  # of a content type; a boundary has 70 at most (RFC 2046, section 5.1.1)
 _LARGE_BYTES = 1_000_000  # of JSON, which takes long enough to be in the way of others
 SPARE_PARTS = 1000  # values in JSON beside images
