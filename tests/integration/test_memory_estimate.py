@@ -49,19 +49,22 @@ else:
     ],
 )
 def test_the_estimate_is_near_what_a_process_grows_by(name: str, px: int, num_images: int) -> None:
-    found = {}
-    for kind in ("estimated", "measured"):
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, name, str(px), str(num_images), kind],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-    tensors, estimate = found["estimated"]
-    growth = found["measured"][0]
-    print(name, num_images, {"tensors": tensors, "estimate": estimate, "growth": growth})
-    assert tensors < growth
-    # The same process grew by 821 to 1,003 MB in five runs (docs/decisions/0007), so that no
-    # estimate is nearer to all of them than a tenth.
-    assert 0.8 * growth < estimate < 1.3 * growth
+    tensors, estimate = _run("estimated", name, px, num_images)
+    # Gaps in the heap differ from process to process: of 24 on a busy machine the same update took
+    # 800 to 1,071 MB, and once elsewhere 1,190 (docs/decisions/0007). The estimate is of the
+    # middle one.
+    growths = sorted(_run("measured", name, px, num_images)[0] for _ in range(3))
+    print(name, num_images, {"tensors": tensors, "estimate": estimate, "growths": growths})
+    assert tensors < growths[0]
+    assert 0.8 * growths[1] < estimate < 1.3 * growths[1]
+
+
+def _run(kind: str, name: str, px: int, num_images: int) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, name, str(px), str(num_images), kind],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -25,7 +25,7 @@ from fieldmark.runtime.memory import Room, available_bytes, peak_resident_bytes
 _REHEARSED = (2, 4)  # images; one alone has no variance for a batch norm over 1x1 pixels
 # What a process grows by, over the tensors it holds: scratch memory of convolutions, gaps in the
 # heap; and once, the code of kernels. With these two the estimate was 3 % below to 20 % above the
-# growth of a process (docs/decisions/0007-memory-of-an-update.md).
+# growth of a process; a heap with many gaps took a third more (docs/decisions/0007).
 _OVER_TENSORS = 1.2
 _ONCE_BYTES = 100_000_000
 
