@@ -42,7 +42,9 @@ def main() -> None:
     found = {"nothing": verified(options.package, asked)}
     for name in BREAKS:
         with broken(name, options.package) as folder:
-            found[name] = verified(folder, asked)
+            answer = verified(folder, asked)
+            answer["sentences"] = [t.replace(str(folder), "PACKAGE") for t in answer["sentences"]]
+            found[name] = answer
     caught = [name for name, answer in found.items() if not answer["passed"]]
     if options.data:  # a results file names no folder of this machine
         short = f"{options.data.partition(':')[0]}:{Path(options.data).name}"

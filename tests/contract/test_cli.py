@@ -500,3 +500,42 @@ def test_augment_draws_what_training_will_see(run: Cli, in_empty_folder: Path) -
     assert recipe["storage"] == "files"
     assert recipe["applied"] == "trivialaugment"  # not the recipe's own shift
     assert grid.read_bytes() != first
+
+
+def test_keys_are_made_listed_and_taken_away(run: Cli, in_empty_folder: Path) -> None:
+    file = in_empty_folder / "keys.json"
+    made = run("keys", "add", "shop", "--file", file, "--per-minute", 600, "--json").json
+    assert (made["name"], made["file"]) == ("shop", str(file))
+    assert str(made["key"]) not in file.read_text()
+    assert run("keys", "add", "press", "--file", file, "--expires", "2999-01-31").out.strip()
+    listed = run("keys", "list", "--file", file, "--json").json["keys"]
+    assert isinstance(listed, list)
+    found = [(one["name"], one["expires"], one["images_per_minute"]) for one in listed]
+    assert found == [("shop", None, 600), ("press", "2999-01-31", None)]
+    assert "2999-01-31" in run("keys", "list", "--file", file).out
+    assert run("keys", "remove", "shop", "--file", file, "--json").json["name"] == "shop"
+    assert "press is no longer" in run("keys", "remove", "press", "--file", file).err
+    assert run("keys", "list", "--file", file, "--json").json == {"keys": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["remove", "shpo"], "Did you mean 'shop'?"),
+        (["add", "shop"], "'shop' is in use"),
+        (["add", "a b"], "name must have"),
+        (["add", "press", "--expires", "soon"], "expires must be a day such as 2030-01-31"),
+        (["add", "press", "--per-minute", "0"], "per-minute"),
+    ],
+)
+def test_a_mistake_with_keys_is_one_sentence_and_changes_nothing(
+    run: Cli, in_empty_folder: Path, arguments: list[str], message: str
+) -> None:
+    file = in_empty_folder / "keys.json"
+    run("keys", "add", "shop", "--file", file)
+    before = file.read_bytes()
+    run("keys", *arguments, "--file", file)
+    assert (run.status, run.out) == (2, "")
+    assert message in run.err
+    assert "Traceback" not in run.err
+    assert file.read_bytes() == before

@@ -139,12 +139,16 @@ def list_keys(file: KeysFile = KEYS_FILE, as_json: Json = False) -> None:
 def remove_key(
     name: Annotated[str, typer.Argument(help="As fieldmark keys list shows it.")],
     file: KeysFile = KEYS_FILE,
+    as_json: Json = False,
 ) -> None:
     """Take a key away, from a running service within two seconds."""
     from fieldmark.serving.keys import remove_key as remove
 
     remove(file, name)
-    log.say(f"{name} is no longer in {file}")
+    if as_json:
+        show.print_json({"name": name, "file": str(file)})
+    else:
+        log.say(f"{name} is no longer in {file}")
 
 
 def _day(text: str) -> dt.date | None:
