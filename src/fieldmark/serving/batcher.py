@@ -122,7 +122,7 @@ class Batcher:
         if self._crash is not None:
             return self._crash
         # Copied in one step of Python, so without the lock: each request asks.
-        first = min(tuple(self._running_since.values()), default=math.inf)
+        first = min(list(self._running_since.values()), default=math.inf)
         if time.monotonic() - first > hung_after_s:
             return f"the model has been busy with one batch for more than {hung_after_s:g} s"
         return None
